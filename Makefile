@@ -1,0 +1,39 @@
+# make setup | test | lint | demo | clean
+export OMP_WAIT_POLICY = PASSIVE
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEV := .venv/.installed-dev
+RUN := .venv/.installed-all
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
+.DEFAULT_GOAL := setup
+.PHONY: setup test lint demo clean
+
+setup: $(DEV)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A complete development environment serves the demo too.
+demo: $(if $(wildcard $(DEV)),$(DEV),$(RUN))
+	$(BIN)/hashattention demo
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(RUN): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[all]'
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
