@@ -1,0 +1,107 @@
+"""decode: the whole sparse step of one layer, from the query to its attention output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hashattention.errors import InputError
+from hashattention.ops.attend import attend
+from hashattention.ops.encode import encode_query, encode_signature
+from hashattention.ops.select import score_select
+
+
+def group_queries(q: Tensor, heads: int) -> Tensor:
+    """Queries ``[B, Hq, T, D]`` as a map with `heads` heads takes them: concatenated over the Hq / heads queries of each."""
+    batch, query_heads, tokens, dim = q.shape
+    if query_heads == heads:
+        return q
+    grouped = q.unflatten(1, (heads, query_heads // heads)).transpose(2, 3)
+    return grouped.reshape(batch, heads, tokens, query_heads // heads * dim)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    signatures: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    start: Tensor,
+    end: Tensor,
+    budgets: Tensor,
+    capacity: int,
+    *,
+    levels: int = 7,
+    scale: float,
+    softcap: float = 0.0,
+    mask: Tensor | None = None,
+    block_table: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Encode the queries, score all signatures, select, attend to the selected tokens.
+
+    The new token's k, v and signature are in the caches already.
+
+    Parameters
+    ----------
+    q : Tensor, float ``[B, Hq, 1, D]``
+    k, v, signatures : Tensor
+        Caches, as in `attend` and `score`.
+    weights, biases : sequences of Tensor
+        phi_q: ``[Hc, in, out]`` and ``[Hc, out]`` a stage; ``in`` is D, or D * Hq / Hc for a group code.
+    start, end, budgets, capacity, mask : Tensor, int
+        As in `select`; the heads of `budgets` are Hsel.
+    levels : int
+        Range of the integer query code; 0 for a packed bit code (symmetric score).
+    scale, softcap : float
+        As in `attend`.
+    block_table : Tensor, int32 ``[B, M]``, optional
+    backend : str
+        ``"auto"`` or a backend's name.
+
+    Returns
+    -------
+    out : Tensor, dtype of q, ``[B, Hq, 1, Dv]``
+    logsumexp : Tensor, float32 ``[B, Hq, 1]``
+
+    Raises
+    ------
+    InputError
+        For shapes or dtypes that do not fit.
+    """
+    if not 0 <= levels <= 127:
+        raise InputError(f"levels is {levels}; expected 0 (bit code) to 127.")
+    caches, bounds = (k, v, signatures), (start, end, budgets)
+    rest = (capacity, levels, scale, softcap, mask, block_table, backend)
+    out, logsumexp = torch.ops.hashattention.decode(q, *caches, list(weights), list(biases), *bounds, *rest)
+    return out, logsumexp
+
+
+@torch.library.custom_op(
+    "hashattention::decode",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor signatures, Tensor[] weights, Tensor[] biases, Tensor start, Tensor end,"
+    " Tensor budgets, int capacity, int levels, float scale, float softcap, Tensor? mask, Tensor? block_table, str backend)"
+    " -> (Tensor, Tensor)",
+)
+def _decode(  # type: ignore[no-untyped-def]
+    q, k, v, signatures, weights, biases, start, end, budgets, capacity, levels, scale, softcap, mask, block_table, backend
+):
+    x = group_queries(q, weights[0].shape[0])
+    if levels:
+        code, _ = encode_query(x, weights, biases, levels, backend=backend)
+    else:
+        code = encode_signature(x, weights, biases, backend=backend)
+    caches = {"block_table": block_table, "backend": backend}
+    indices, counts = score_select(code, signatures, start, end, budgets, capacity, mask=mask, **caches)
+    return attend(q, k, v, indices, counts, scale=scale, softcap=softcap, **caches)
+
+
+@_decode.register_fake
+def _(  # type: ignore[no-untyped-def]
+    q, k, v, signatures, weights, biases, start, end, budgets, capacity, levels, scale, softcap, mask, block_table, backend
+):
+    return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)

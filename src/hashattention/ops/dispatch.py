@@ -1,0 +1,66 @@
+"""Which backend runs an op, and why.
+
+A backend is a module with one function per op it has (same name and arguments as in `reference`) and a function
+``refuse(op, tensor, arguments) -> str | None`` that gives the reason it cannot run a call. ``"auto"`` takes the first of `ORDER` without a
+reason and logs the choice once; a backend asked for by name that cannot run raises with every reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hashattention.errors import BackendError
+
+logger = logging.getLogger(__name__)
+
+#: Backend name -> module, best first. `reference` runs everything everywhere.
+MODULES = {
+    "reference": "hashattention.ops.reference",
+}
+
+
+def refusal(backend: str, op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    """Why `backend` cannot run `op` on tensors like `tensor` (device, dtype) with these other arguments, or None if it can."""
+    if backend == "reference":
+        return None
+    try:
+        module = importlib.import_module(MODULES[backend])
+    except ImportError as error:
+        return f"not importable ({error})"
+    if not hasattr(module, op):
+        return f"has no {op}"
+    reason: str | None = module.refuse(op, tensor, arguments)
+    return reason
+
+
+@functools.cache
+def _log_once(op: str, device: str, backend: str, reasons: str) -> None:
+    logger.info("%s on %s: backend %s%s", op, device, backend, f" ({reasons})" if reasons else "")
+
+
+def find(op: str, tensor: Tensor, backend: str = "auto", **arguments: Any) -> Callable[..., Any]:
+    """The function that runs `op` for tensors like `tensor`.
+
+    Raises
+    ------
+    BackendError
+        If `backend` is unknown, or named and unable to run this call; the message holds the reason and the choices.
+    """
+    if backend != "auto" and backend not in MODULES:
+        raise BackendError(f"unknown backend {backend!r}; known: auto, {', '.join(MODULES)}.")
+    reasons: list[str] = []
+    for name in MODULES if backend == "auto" else (backend,):
+        reason = refusal(name, op, tensor, arguments)
+        if reason is None:
+            if backend == "auto":
+                _log_once(op, tensor.device.type, name, "; ".join(reasons))
+            function: Callable[..., Any] = getattr(importlib.import_module(MODULES[name]), op)
+            return function
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"backend {backend!r} cannot run {op} on {tensor.device}: {'; '.join(reasons)}. Use backend='auto'.")

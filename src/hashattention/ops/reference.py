@@ -1,0 +1,161 @@
+"""The specification: every op in plain float32 torch. Imports only torch; the one judge of every kernel.
+
+Shapes: B requests, Hq query heads, Hkv KV heads, Hs signature heads, Hc code heads, Hsel selection heads, T cached tokens,
+D head dimension, W int32 words a signature, K index slots a row, P pages of N tokens. A paged tensor holds ``[P, H, N, ...]``
+in place of ``[B, H, T, ...]`` and comes with a block table int32 ``[B, M]``: token t of request b is row ``t % N`` of
+page ``block_table[b, t // N]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+#: Tokens unpacked at once while scoring: bounds the memory, changes nothing.
+SCORE_CHUNK = 16384
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """bool ``[..., 32 W]`` -> int32 ``[..., W]``: bit j of word w is entry 32 w + j."""
+    words = bits.unflatten(-1, (-1, 32)).to(torch.int64)
+    weights = torch.ones(32, dtype=torch.int64, device=bits.device) << torch.arange(32, device=bits.device)
+    packed = (words * weights).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def unpack_bits(words: Tensor) -> Tensor:
+    """int32 ``[..., W]`` -> bool ``[..., 32 W]``, the inverse of `pack_bits`."""
+    shifts = torch.arange(32, device=words.device, dtype=torch.int32)
+    return ((words.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
+
+
+def mlp(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """``[B, H, T, in]`` through one MLP a head (weights ``[H, in, out]``, biases ``[H, out]``, SiLU between) -> float32 logits."""
+    hidden = x.float()
+    for stage, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if stage:
+            hidden = functional.silu(hidden)
+        hidden = hidden @ weight.float() + bias.float().unsqueeze(-2)
+    return hidden
+
+
+def encode_signature(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """Signatures int32 ``[B, H, T, W]``: bit = logit > 0."""
+    return pack_bits(mlp(x, weights, biases) > 0)
+
+
+def encode_query(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels: int) -> tuple[Tensor, Tensor]:
+    """Integer query codes int8 ``[B, H, T, bits]`` in -levels..levels, and their scale float32 ``[B, H, T]``: logit ~ code * scale."""
+    logits = mlp(x, weights, biases)
+    scale = logits.abs().amax(-1) / levels
+    code = torch.round(logits / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1))
+    return code.clamp(-levels, levels).to(torch.int8), scale
+
+
+def score(code: Tensor, signatures: Tensor, selection_heads: int, block_table: Tensor | None = None) -> Tensor:
+    """int32 scores ``[B, Hsel, T]``: code . (+-1 key bits), summed over the code heads of one selection head.
+
+    An int32 code is a packed bit code (symmetric: the same dot product equals bits - 2 popcount(xor)); an int8 code holds the
+    integer weights themselves (asymmetric).
+    """
+    if block_table is not None:
+        signatures = signatures[block_table.long()].transpose(1, 2).flatten(2, 3)
+    weights = unpack_bits(code).float() * 2 - 1 if code.dtype == torch.int32 else code.float()
+    batch, signature_heads = signatures.shape[:2]
+    weights = weights.reshape(batch, signature_heads, -1, weights.shape[-1])
+    chunks = [
+        weights @ (unpack_bits(chunk).float() * 2 - 1).transpose(-1, -2) for chunk in signatures.split(SCORE_CHUNK, dim=2)
+    ]
+    scores = torch.cat(chunks, -1).flatten(1, 2)
+    return scores.unflatten(1, (selection_heads, -1)).sum(2).to(torch.int32)
+
+
+def select(
+    scores: Tensor, start: Tensor, end: Tensor, budgets: Tensor, capacity: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Indices int32 ``[B, Hsel, capacity]``, ascending, packed left, -1 where none, and counts int32 ``[B, Hsel]``.
+
+    Row b may attend to tokens start[b] <= t < end[b] where mask[b, t]. budgets int32 ``[B, Hsel, 3]`` holds sink, local and heavy:
+    the first `sink` and last `local` of these tokens are taken, then the `heavy` best of the rest by (score, position),
+    both descending. Where the three exceed `capacity`, local comes first, then sink, then heavy.
+    """
+    tokens = scores.shape[-1]
+    position = torch.arange(tokens, device=scores.device)
+    valid = (position >= start[:, None]) & (position < end[:, None])
+    if mask is not None:
+        valid = valid & mask
+    valid = valid[:, None]
+    before = valid.cumsum(-1) - 1
+    after = valid.sum(-1, keepdim=True) - 1 - before
+    sink, local, heavy = budgets.long().unbind(-1)
+    local = local.clamp(max=capacity)
+    sink = torch.minimum(sink, capacity - local)
+    heavy = torch.minimum(heavy, capacity - local - sink)
+    covered = valid & ((before < sink[..., None]) | (after < local[..., None]))
+    candidate = valid & ~covered
+    order = tokens - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    ranked = candidate.gather(-1, order)
+    taken = ranked & (ranked.cumsum(-1) <= heavy[..., None])
+    chosen = covered | torch.zeros_like(taken).scatter(-1, order, taken)
+    slot = torch.where(chosen, chosen.cumsum(-1) - 1, capacity)
+    indices = scores.new_full((*scores.shape[:2], capacity + 1), -1, dtype=torch.int32)
+    indices = indices.scatter(-1, slot, position.to(torch.int32).expand_as(slot))
+    return indices[..., :capacity].contiguous(), chosen.sum(-1).to(torch.int32)
+
+
+def gather_tokens(cache: Tensor, indices: Tensor, block_table: Tensor | None = None) -> Tensor:
+    """Rows ``[B, Hsel, K, D]`` of a K or V cache at token `indices` ``[B, Hsel, K]`` (negative ones read token 0)."""
+    batch, selection_heads, _ = indices.shape
+    token = indices.clamp(min=0).long()
+    head = torch.arange(selection_heads, device=cache.device) * cache.shape[1] // selection_heads
+    request = torch.arange(batch, device=cache.device)[:, None, None]
+    if block_table is None:
+        return cache[request, head[None, :, None], token]
+    size = cache.shape[2]
+    return cache[block_table.long()[request, token // size], head[None, :, None], token % size]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q ``[B, Hq, 1, D]`` over the selected rows: out ``[B, Hq, 1, Dv]`` and logsumexp float32 ``[B, Hq, 1]``.
+
+    A row with count 0 gives out 0 and logsumexp -inf.
+    """
+    batch, query_heads, _, dim = q.shape
+    selection_heads, slots = indices.shape[1:]
+    used = torch.arange(slots, device=q.device) < counts[..., None]
+    keys = gather_tokens(k, indices, block_table).float().masked_fill(~used[..., None], 0)
+    values = gather_tokens(v, indices, block_table).float().masked_fill(~used[..., None], 0)
+    queries = q.float().reshape(batch, selection_heads, -1, dim)
+    logits = queries @ keys.transpose(-1, -2) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~used[:, :, None], -torch.inf)
+    lse = logits.logsumexp(-1)
+    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    out = (weights @ values).reshape(batch, query_heads, 1, -1)
+    return out.to(q.dtype), lse.reshape(batch, query_heads, 1)
+
+
+def score_select(
+    code: Tensor,
+    signatures: Tensor,
+    start: Tensor,
+    end: Tensor,
+    budgets: Tensor,
+    capacity: int,
+    mask: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`select` of `score`: indices int32 ``[B, Hsel, capacity]`` and counts int32 ``[B, Hsel]``."""
+    scores = score(code, signatures, budgets.shape[1], block_table)
+    return select(scores, start, end, budgets, capacity, mask)

@@ -1,0 +1,44 @@
+"""Shape, dtype and device checks whose message names the tensor, what it is and what it must be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hashattention.errors import InputError
+
+
+def expect(sizes: dict[str, int], name: str, tensor: Tensor, shape: str, *dtypes: torch.dtype) -> None:
+    """Check `tensor` against a shape such as ``"B Hq 1 D"`` and bind new letters in `sizes`.
+
+    Raises
+    ------
+    InputError
+        If the rank, a size bound before, a literal size or the dtype differs.
+    """
+    wanted = shape.split()
+    given = f"{name} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    if tensor.dim() != len(wanted):
+        raise InputError(f"{given}; expected [{', '.join(wanted)}], {len(wanted)} dimensions.")
+    for letter, size in zip(wanted, tensor.shape, strict=True):
+        known = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+        if size != known:
+            bound = ", ".join(f"{key}={value}" for key, value in sizes.items())
+            raise InputError(f"{given}; expected [{', '.join(wanted)}] with {bound}: size {letter} must be {known}.")
+    if dtypes and tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise InputError(f"{given}; expected dtype {allowed}.")
+
+
+def expect_multiple(many: int, few: int, meaning: str) -> None:
+    """Raise `InputError` unless `many` is a positive multiple of `few`."""
+    if few <= 0 or many <= 0 or many % few:
+        raise InputError(f"{meaning}: {many} is not a positive multiple of {few}.")
+
+
+def expect_same_device(**tensors: Tensor | None) -> None:
+    """Raise `InputError` unless all given tensors lie on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise InputError(f"all tensors must be on one device; given {places}.")
