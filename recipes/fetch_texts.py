@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,7 @@ class _Text(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not self.depth:
-            self.parts.append(data if self.verbatim else " ".join(data.split("\n")))
+            self.parts.append(data if self.verbatim else re.sub(r"\s+", " ", data))
 
 
 def strip_html(page: str) -> str:
