@@ -27,6 +27,10 @@ class ModelNotFoundError(HashAttentionError, LookupError):
     """No model answers to the given name."""
 
 
+class DownloadError(HashAttentionError, OSError):
+    """A model could not be fetched whole: no network, or a checksum that does not match."""
+
+
 class UnsupportedModelError(HashAttentionError, TypeError):
     """The model's attention or cache cannot be served by selected tokens."""
 
