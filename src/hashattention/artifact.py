@@ -1,0 +1,135 @@
+"""The folder format of maps: ``config.json`` (versioned, readable) and ``model.safetensors``. No pickle is ever executed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hashattention.errors import ArtifactError, MissingDependencyError
+
+FORMAT = "hashattention-maps"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+LFS_POINTER = b"version https://git-lfs"
+
+
+def write(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Write a maps folder; each file is complete before it gets its name, and the configuration comes last."""
+    from safetensors.torch import save_file
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    partial = target / f".{WEIGHTS_FILE}.partial"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+    partial.replace(target / WEIGHTS_FILE)
+    document = {"format": FORMAT, "format_version": FORMAT_VERSION, **config}
+    partial = target / f".{CONFIG_FILE}.partial"
+    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    partial.replace(target / CONFIG_FILE)
+    return target
+
+
+def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a maps folder: its configuration and its tensors.
+
+    Raises
+    ------
+    ArtifactError
+        For a missing or truncated file, a git-LFS pointer, another format or version, or weights that are not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    source = Path(folder)
+    config = read_config(source)
+    weights = source / WEIGHTS_FILE
+    if not weights.is_file():
+        raise ArtifactError(f"{source} has no {WEIGHTS_FILE}; a maps folder holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    refuse_lfs_pointer(weights)
+    try:
+        tensors: dict[str, Tensor] = load_file(weights)
+    except SafetensorError as error:
+        raise ArtifactError(f"{weights} is damaged or truncated ({error}); download or train it again.") from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{weights}: tensor {name!r} holds NaN or infinity; train the maps again.")
+    return config, tensors
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked ``config.json`` of a maps folder, without its weights.
+
+    Raises
+    ------
+    ArtifactError
+        If it is missing, not JSON, or of another format or version.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is not a maps folder: it has no {CONFIG_FILE}. Give a folder that `train` wrote.")
+    refuse_lfs_pointer(path)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format", "none") if isinstance(config, dict) else type(config).__name__
+        raise ArtifactError(f"{path}: format is {found!r}, expected {FORMAT!r}; this is not a maps folder.")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: format_version is {config.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
+            "install a matching hashattention or train the maps again."
+        )
+    return config
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise `ArtifactError` if `path` is a git-LFS pointer instead of the file it stands for."""
+    with path.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ArtifactError(f"{path} is a git-LFS pointer, not the file; run `git lfs pull` or download the file itself.")
+
+
+def locate(name: str | os.PathLike[str]) -> Path:
+    """The maps folder that `name` means: a local folder, maps that ship with the package, or a hub id (downloaded).
+
+    Raises
+    ------
+    ArtifactError
+        If none of the three has it; shipped names are listed.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    shipped = {path.name: path for home in _shipped_homes() if home.is_dir() for path in sorted(home.iterdir())}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    if str(name).count("/") != 1 or folder.is_absolute() or str(name).startswith("."):
+        known = ", ".join(shipped) or "none"
+        raise ArtifactError(f"no maps folder at {name!s}; give an existing folder, shipped maps ({known}) or a hub id (owner/name).")
+    return _download(str(name))
+
+
+def _shipped_homes() -> list[Path]:
+    package = Path(__file__).parent
+    return [package / "_artifacts", package.parent.parent / "artifacts"]
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingDependencyError(f"maps {hub_id!r} are on the hub: pip install 'hashattention[transformers]'") from error
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtifactError(f"no local folder {hub_id!r}, and the hub did not give it ({reason}).") from error

@@ -1,0 +1,76 @@
+"""Per-token tensors beside K and V of one layer (signatures, page summaries, ...), kept in step with crops and beams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+
+class TokenCache:
+    """Side tensors ``[B, H, T, ...]`` by name, grown on demand: appending one token costs no copy of the others.
+
+    Examples
+    --------
+    >>> side = TokenCache()
+    >>> side.extend("ones", 3, lambda first: torch.ones(1, 1, 3 - first, 2)).shape
+    torch.Size([1, 1, 3, 2])
+    >>> side.crop(2)
+    >>> side.length("ones")
+    2
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[Hashable, Tensor] = {}
+        self._lengths: dict[Hashable, int] = {}
+
+    def length(self, name: Hashable) -> int:
+        """Tokens held under `name`."""
+        return self._lengths.get(name, 0)
+
+    def extend(self, name: Hashable, tokens: int, make: Callable[[int], Tensor]) -> Tensor:
+        """The tensor under `name` for the first `tokens` tokens; ``make(first)`` gives those from `first` on if some lack."""
+        held = self.length(name)
+        if held < tokens:
+            self._append(name, make(held), tokens)
+        return self._buffers[name][:, :, :tokens]
+
+    def _append(self, name: Hashable, new: Tensor, tokens: int) -> None:
+        held = self.length(name)
+        assert new.shape[2] == tokens - held, f"{name}: {new.shape[2]} new tokens for {held} -> {tokens}"
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape[2] < tokens:
+            # A first fill is exact; later growth doubles, so that decoding copies each token O(1) times.
+            room = tokens if buffer is None else max(tokens, 2 * held)
+            grown = new.new_empty((*new.shape[:2], room, *new.shape[3:]))
+            if buffer is not None:
+                grown[:, :, :held] = buffer[:, :, :held]
+            buffer = self._buffers[name] = grown
+        buffer[:, :, held:tokens] = new
+        self._lengths[name] = tokens
+
+    def crop(self, tokens: int) -> None:
+        """Forget every token from position `tokens` on."""
+        self._lengths = {name: min(length, tokens) for name, length in self._lengths.items()}
+
+    def select(self, requests: Tensor) -> None:
+        """Keep (or reorder, or repeat) the batch rows `requests` int64 ``[B']``."""
+        self._buffers = {name: buffer[requests.to(buffer.device)] for name, buffer in self._buffers.items()}
+
+    def repeat(self, times: int) -> None:
+        """Repeat every batch row `times` times, interleaved."""
+        self._buffers = {name: buffer.repeat_interleave(times, dim=0) for name, buffer in self._buffers.items()}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._buffers.clear()
+        self._lengths.clear()
+
+    def to(self, device: torch.device | str) -> None:
+        """Move every tensor to `device`."""
+        self._buffers = {name: buffer.to(device, non_blocking=True) for name, buffer in self._buffers.items()}
+
+    def nbytes(self) -> int:
+        """Bytes held, spare room included."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())

@@ -1,0 +1,153 @@
+"""HashMaps: the learned functions of all layers of one model, one tensor per stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hashattention import artifact, ops
+from hashattention.config import BaseModel, MapsConfig, from_mapping
+from hashattention.errors import ArtifactError, ConfigError
+
+#: Keys encoded at once: bounds the hidden activations of a long prefill.
+KEY_CHUNK = 8192
+
+
+class Mlp(nn.Module):
+    """One MLP per layer and head: weights ``[L, H, in, out]`` and biases ``[L, H, out]`` a stage, SiLU between stages."""
+
+    def __init__(self, layers: int, heads: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.weights = nn.ParameterList([torch.randn(layers, heads, i, o) * i**-0.5 for i, o in pairs])
+        self.biases = nn.ParameterList([torch.zeros(layers, heads, o) for _, o in pairs])
+
+    def layer(self, position: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights ``[H, in, out]`` and biases ``[H, out]`` of one layer, as views."""
+        return [weight[position] for weight in self.weights], [bias[position] for bias in self.biases]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerMaps:
+    """The hash map of one layer: phi_q and phi_k as lists of stages."""
+
+    config: MapsConfig
+    query_weights: list[Tensor]
+    query_biases: list[Tensor]
+    key_weights: list[Tensor]
+    key_biases: list[Tensor]
+
+    def sign_keys(self, key: Tensor, *, backend: str = "auto") -> Tensor:
+        """Signatures int32 ``[B, Hs, T, W]`` of keys ``[B, Hkv, T, D]``."""
+        heads = self.key_weights[0].shape[0]
+        if key.shape[1] != heads:
+            key = key.repeat_interleave(heads // key.shape[1], dim=1)
+        stages = self.key_weights, self.key_biases
+        chunks = [ops.encode_signature(chunk, *stages, backend=backend) for chunk in key.split(KEY_CHUNK, dim=2)]
+        return torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
+
+    def code_queries(self, query: Tensor, *, backend: str = "auto") -> Tensor:
+        """Query codes of queries ``[B, Hq, T, D]``: int8 ``[B, Hc, T, bits]`` (asymmetric) or int32 ``[B, Hc, T, W]``."""
+        x = ops.group_queries(query, self.query_weights[0].shape[0])
+        stages = self.query_weights, self.query_biases
+        if self.config.score == "symmetric":
+            return ops.encode_signature(x, *stages, backend=backend)
+        return ops.encode_query(x, *stages, self.config.levels, backend=backend)[0]
+
+
+class HashMaps(nn.Module):
+    """The hash maps of every sparse layer of one model.
+
+    Parameters
+    ----------
+    config : MapsConfig
+        Shape, score and sharing.
+    model : BaseModel
+        The transformer they belong to; `model.layers` are the layers with a map.
+    training : dict, optional
+        How they were trained and what was measured; stored with the artifact.
+
+    Examples
+    --------
+    >>> model = BaseModel("LlamaForCausalLM", 2, 4, 2, 64, (0, 1), "theta=10000")
+    >>> maps = HashMaps(MapsConfig(bits=32, widths=(16,)), model)
+    >>> maps.layer(1).sign_keys(torch.randn(1, 2, 5, 64)).shape
+    torch.Size([1, 2, 5, 1])
+    """
+
+    def __init__(self, config: MapsConfig, model: BaseModel, training: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.config, self.model, self.training_info = config, model, dict(training or {})
+        group = model.group_size if config.query_input == "group" else 1
+        tail = (*config.widths, config.bits)
+        self.query = Mlp(len(model.layers), config.code_heads(model), (group * model.head_dim, *tail))
+        self.key = Mlp(len(model.layers), config.signature_heads(model), (model.head_dim, *tail))
+
+    def layer(self, index: int) -> LayerMaps:
+        """The map of model layer `index`.
+
+        Raises
+        ------
+        ConfigError
+            If that layer has no map.
+        """
+        if index not in self.model.layers:
+            raise ConfigError(f"layer {index} has no hash map; layers with one: {list(self.model.layers)}.")
+        position = self.model.layers.index(index)
+        return LayerMaps(self.config, *self.query.layer(position), *self.key.layer(position))
+
+    def check_model(self, model: BaseModel) -> None:
+        """Raise `ArtifactError` unless these maps were trained for `model`; the message names the field that differs."""
+        for field in dataclasses.fields(BaseModel):
+            mine, theirs = getattr(self.model, field.name), getattr(model, field.name)
+            fits = set(mine) <= set(theirs) if field.name == "layers" else mine == theirs
+            if field.name != "name" and not fits:
+                raise ArtifactError(
+                    f"these maps are for {self.model.name or self.model.architecture}: {field.name} is {mine!r}, but the model "
+                    f"has {theirs!r}; train maps for this model with `hashattention train` or load the model they belong to."
+                )
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write the maps folder (``config.json``, ``model.safetensors``) with weights in `dtype`."""
+        config = {
+            "base_model": dataclasses.asdict(self.model),
+            "maps": dataclasses.asdict(self.config),
+            "training": self.training_info,
+        }
+        artifact.write(folder, config, {name: tensor.detach().to(dtype) for name, tensor in self.state_dict().items()})
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], model: BaseModel | None = None) -> HashMaps:
+        """Load maps from a folder, from those that ship with the package, or from a hub id.
+
+        Raises
+        ------
+        ArtifactError
+            If the folder is missing, damaged, of another version, or (given `model`) another model's.
+        ConfigError
+            For an unknown configuration key; the nearest known one is named.
+        """
+        folder = artifact.locate(name)
+        config, tensors = artifact.read(folder)
+        where = str(folder / artifact.CONFIG_FILE)
+        base = from_mapping(BaseModel, config.get("base_model", {}), f"{where}: base_model")
+        maps = cls(from_mapping(MapsConfig, config.get("maps", {}), f"{where}: maps"), base, config.get("training"))
+        maps._load_tensors(tensors, str(folder / artifact.WEIGHTS_FILE))
+        if model is not None:
+            maps.check_model(model)
+        return maps.requires_grad_(False)
+
+    def _load_tensors(self, tensors: dict[str, Tensor], where: str) -> None:
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if expected != given:
+            name = next(key for key in (*expected, *given) if expected.get(key) != given.get(key))
+            raise ArtifactError(
+                f"{where}: tensor {name!r} is {given.get(name, 'missing')}, its config.json asks for "
+                f"{expected.get(name, 'no such tensor')}; the two files do not belong together."
+            )
+        self.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})

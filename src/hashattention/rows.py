@@ -1,0 +1,94 @@
+"""Rows: which tokens each request of a ragged batch may attend to, and its budget, as device tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from hashattention.config import Budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The bounds and budgets that `ops.select` takes: start, end int32 ``[B]``, budgets int32 ``[B, Hsel, 3]``, mask bool ``[B, T]``."""
+
+    start: Tensor
+    end: Tensor
+    budgets: Tensor
+    capacity: int
+    mask: Tensor | None = None
+
+
+def count_budget(budget: Budget, lengths: Tensor) -> Tensor:
+    """`Budget.counts` for a tensor of lengths ``[B]``, on its device: int32 ``[B, 3]`` (sink, local, heavy)."""
+    length = lengths.to(torch.int64)
+    if budget.density is not None:
+        total = torch.minimum((length.double() * budget.density).floor().long().clamp(min=1), length)
+        local = torch.minimum(total.new_tensor(budget.local), (total - budget.sink).clamp(min=1))
+        local = torch.minimum(local, total)
+        sink = torch.minimum(total.new_tensor(budget.sink), total - local)
+        heavy = total - sink - local
+    else:
+        sink = length.clamp(max=budget.sink)
+        local = torch.minimum(length.new_tensor(budget.local), length - sink)
+        share = isinstance(budget.heavy, float)
+        asked = (length.double() * budget.heavy).floor().long() if share else length.new_tensor(budget.heavy or 0)
+        heavy = torch.minimum(asked, length - sink - local)
+    return torch.stack([sink, local, heavy], -1).to(torch.int32)
+
+
+class Extent:
+    """The valid tokens of every request in a cache of `tokens` slots; its rows are built once per budget.
+
+    Parameters
+    ----------
+    start, end : Tensor, int32 ``[B]``
+        Request b holds tokens ``start[b] <= t < end[b]``.
+    tokens : int
+        T, slots of the cache (host-side, so that shapes never depend on data).
+    mask : Tensor, bool ``[B, T]``, optional
+        Holes inside start..end.
+    """
+
+    def __init__(self, start: Tensor, end: Tensor, tokens: int, mask: Tensor | None = None) -> None:
+        self.start, self.end, self.tokens, self.mask = start, end, tokens, mask
+        self._rows: dict[tuple[Budget, int], Rows] = {}
+
+    @classmethod
+    def full(cls, batch: int, tokens: int, device: torch.device) -> Extent:
+        """Every slot valid."""
+        start = torch.zeros(batch, dtype=torch.int32, device=device)
+        return cls(start, start + tokens, tokens)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, holes: bool = True) -> Extent:
+        """From a mask ``[B, T]`` (nonzero = a real token); `holes` says whether padding may lie between real tokens."""
+        valid = mask.bool()
+        tokens = mask.shape[1]
+        position = torch.arange(tokens, device=mask.device)
+        end = torch.where(valid, position + 1, 0).amax(1).to(torch.int32)
+        start = torch.where(valid, position, tokens).amin(1).to(torch.int32)
+        return cls(torch.minimum(start, end), end, tokens, valid if holes else None)
+
+    def before(self, tokens: int) -> Extent:
+        """The same requests when the last `tokens` slots of the cache did not exist yet."""
+        kept = self.tokens - tokens
+        mask = None if self.mask is None else self.mask[:, :kept]
+        return Extent(self.start.clamp(max=kept), self.end.clamp(max=kept), kept, mask)
+
+    def lengths(self) -> Tensor:
+        """Valid tokens of every request, int32 ``[B]``."""
+        if self.mask is None:
+            return (self.end - self.start).clamp(min=0)
+        return self.mask.sum(1, dtype=torch.int32)
+
+    def rows(self, budget: Budget, selection_heads: int) -> Rows:
+        """Bounds and budgets for `selection_heads` index sets a request."""
+        key = budget, selection_heads
+        if key not in self._rows:
+            budgets = count_budget(budget, self.lengths())[:, None].expand(-1, selection_heads, -1).contiguous()
+            capacity = budget.capacity(self.tokens)
+            self._rows[key] = Rows(self.start, self.end, budgets, capacity, self.mask)
+        return self._rows[key]

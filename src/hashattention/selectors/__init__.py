@@ -1,0 +1,1 @@
+"""Selectors: the methods that choose which tokens a query attends to, one short file each."""
