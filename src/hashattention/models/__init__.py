@@ -1,0 +1,1 @@
+"""Models: finding them (`source`) and recording their queries and keys (`capture`)."""
