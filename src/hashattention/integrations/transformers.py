@@ -1,0 +1,281 @@
+"""Hash attention inside a transformers model, through its public interfaces: nothing is patched."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hashattention.attention import Observer, SparseAttention
+from hashattention.cache import TokenCache
+from hashattention.config import Budget
+from hashattention.errors import ConfigError, InputError, UnsupportedModelError
+from hashattention.maps import HashMaps
+from hashattention.models.describe import attention_modules, describe, text_config
+from hashattention.rows import Extent
+from hashattention.selectors.base import Selector
+from hashattention.selectors.hash import HashSelector
+
+#: Under this attribute an attention module finds the attachment it is served by.
+SLOT = "_hash_attention"
+IMPLEMENTATION = "hash_attention"
+
+
+class SelectedLayer(DynamicLayer):
+    """A `DynamicLayer` whose side tensors follow every crop, beam reorder and batch selection of its K and V."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.side = TokenCache()
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer) -> SelectedLayer:
+        """The same keys and values as `layer`, shared and not copied, as a `SelectedLayer`."""
+        adopted = cls()
+        vars(adopted).update(vars(layer))
+        return adopted
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens (as `DynamicLayer.crop`)."""
+        super().crop(tokens_to_remove)
+        self.side.crop(self.get_seq_length())
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.side.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow a beam search step."""
+        super().reorder_cache(beam_idx)
+        self.side.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        super().batch_repeat_interleave(repeats)
+        self.side.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some batch rows."""
+        super().batch_select_indices(indices)
+        self.side.select(indices)
+
+    def offload(self) -> None:
+        """Move to the CPU."""
+        super().offload()
+        self.side.to("cpu")
+
+    def prefetch(self) -> None:
+        """Move back to the layer's device."""
+        super().prefetch()
+        if self.is_initialized:
+            self.side.to(self.device)
+
+
+class Attachment:
+    """A model served by selected tokens, from `attach` until `detach`; also a context manager."""
+
+    def __init__(self, model: Any, attention: SparseAttention) -> None:
+        self.model, self.attention = model, attention
+        self.dense_implementation: str = text_config(model)._attn_implementation
+        self._mask: Tensor | None = None
+        self._holes = False
+        self._extent: Extent | None = None
+        self._caches: dict[int, Any] = {}
+        self._modules = attention_modules(model)
+        self._hooks = [model.get_decoder().register_forward_pre_hook(self._before_model, with_kwargs=True)]
+        for index, module in self._modules.items():
+            setattr(module, SLOT, self)
+            self._hooks.append(module.register_forward_pre_hook(self._keeper(index), with_kwargs=True))
+        model.set_attn_implementation(register(self.dense_implementation))
+
+    def detach(self) -> None:
+        """Give the model its own attention back; safe to call twice."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for module in self._modules.values():
+            delattr(module, SLOT)
+        self.model.set_attn_implementation(self.dense_implementation)
+        self._mask = self._extent = None
+        self._caches.clear()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    def _before_model(self, decoder: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        mask = keywords.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) else None
+        self._extent = None
+        tokens = keywords.get("input_ids", keywords.get("inputs_embeds"))
+        if self._mask is not None and self._mask.dim() == 2 and (tokens is None or tokens.shape[1] > 1):
+            # Holes can only arrive with a prompt, so that decoding steps never wait for the device.
+            ordered = self._mask.bool()
+            self._holes = bool(((ordered[:, 1:] != ordered[:, :-1]).sum(1) > 1).any())
+
+    def _keeper(self, index: int) -> Any:
+        def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            self._caches[index] = keywords.get("past_key_values")
+
+        return keep
+
+    def side(self, index: int) -> TokenCache | None:
+        """The side tensors of layer `index` in the cache of this call; None without a cache (training, scoring)."""
+        cache = self._caches.get(index)
+        if cache is None:
+            return None
+        if not isinstance(cache, Cache):
+            raise UnsupportedModelError(f"cache {type(cache).__name__} is not supported; use transformers' DynamicCache.")
+        layer = cache.layers[index]
+        if type(layer) is DynamicLayer:
+            layer = cache.layers[index] = SelectedLayer.adopt(layer)
+        if not isinstance(layer, SelectedLayer):
+            raise UnsupportedModelError(
+                f"layer {index} of {type(cache).__name__} is a {type(layer).__name__}; hash attention keeps its signatures "
+                "beside a DynamicCache: leave cache_implementation unset or pass past_key_values=DynamicCache(config=model.config)."
+            )
+        return layer.side
+
+    def extent(self, batch: int, tokens: int, device: torch.device) -> Extent:
+        """The valid tokens of this call, built once for all layers."""
+        if self._extent is None or self._extent.tokens != tokens:
+            self._extent = self._read_mask(batch, tokens, device)
+        return self._extent
+
+    def _read_mask(self, batch: int, tokens: int, device: torch.device) -> Extent:
+        if self._mask is None:
+            return Extent.full(batch, tokens, device)
+        if self._mask.dim() != 2 or self._mask.shape[1] != tokens:
+            raise InputError(
+                f"attention_mask is {list(self._mask.shape)} for a cache of {tokens} tokens; hash attention takes a padding "
+                f"mask [{batch}, {tokens}] (1 = a real token), as the tokenizer gives it."
+            )
+        return Extent.from_mask(self._mask.to(device), holes=self._holes)
+
+
+def dense_function(module: nn.Module, implementation: str) -> Any:
+    """The attention function that `implementation` names for this module."""
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own)
+
+
+def hash_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function transformers calls: query ``[B, Hq, Tq, D]``, key and value ``[B, Hkv, T, D]``, out ``[B, Tq, Hq, D]``."""
+    attachment: Attachment = getattr(module, SLOT)
+    for name, given in (("scaling", scaling), ("softcap", softcap), ("sliding_window", sliding_window), ("s_aux", s_aux)):
+        if given is not None:
+            rest[name] = given
+    function = dense_function(module, attachment.dense_implementation)
+    index, queries, tokens = int(module.layer_idx), query.shape[2], key.shape[2]  # type: ignore[arg-type]
+    windowed = sliding_window is not None or s_aux is not None
+    side = None
+    if not windowed and attachment.attention.sparse_positions(index, queries, tokens):
+        side = attachment.side(index)
+    if side is None:
+        out: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **rest)
+        return out
+    mixed = attachment.attention.attend(
+        index,
+        query,
+        key,
+        value,
+        extent=attachment.extent(query.shape[0], tokens, key.device),
+        side=side,
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        softcap=softcap or 0.0,
+        dense=lambda: function(module, query, key, value, attention_mask, **rest)[0].transpose(1, 2),
+    )
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+def register(dense_implementation: str) -> str:
+    """Register hash attention over a model's own implementation (its masks, its dense function) and return the name."""
+    # transformers treats names that contain "flash" or "sdpa" specially.
+    suffix = dense_implementation.replace("flash", "fa").replace("sdpa", "").replace("/", "_").replace("|", "_")
+    name = f"{IMPLEMENTATION}_{suffix}".rstrip("_")
+    AttentionInterface.register(name, hash_attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[dense_implementation])
+    return name
+
+
+def attach(
+    model: Any,
+    maps: HashMaps | str | os.PathLike[str] | Selector,
+    budget: Budget | float | None = None,
+    *,
+    min_context: int = 1024,
+    dense_layers: tuple[int, ...] = (),
+    sparse_tail: int = 0,
+    observer: Observer | None = None,
+) -> Attachment:
+    """Serve a transformers model by hash attention until the returned handle is closed.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A decoder-only model; it is hooked through public interfaces, its weights are untouched.
+    maps : HashMaps, path or str, or Selector
+        Trained maps, their folder, shipped name or hub id; or any other selector.
+    budget : Budget or float, optional
+        How many tokens to attend to; a float is the density of all attended tokens. Default: density 1/16.
+    min_context : int
+        Shorter contexts stay dense, bit-identical to the model's own attention.
+    dense_layers : tuple of int
+        Layers that stay dense.
+    sparse_tail : int
+        Last positions of a prefill that are sparse too (0: prefill is dense).
+    observer : callable, optional
+        Called after every sparse step, for measurements.
+
+    Returns
+    -------
+    Attachment
+        A context manager; or call its `detach`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For a model whose attention cannot be served (encoder, MLA, linear attention, ...).
+    ArtifactError
+        If the maps are another model's; the field that differs is named.
+    ConfigError
+        For a bad budget, layer or length, or a model that is attached already.
+    """
+    described = describe(model)
+    if any(hasattr(module, SLOT) for module in attention_modules(model).values()):
+        raise ConfigError("this model is attached already; call detach() on its handle, or leave its with-block, first.")
+    unknown = [layer for layer in dense_layers if not 0 <= layer < described.num_hidden_layers]
+    if unknown:
+        raise ConfigError(f"dense_layers {unknown} are not layers of this model; it has 0 to {described.num_hidden_layers - 1}.")
+    if not isinstance(maps, Selector):
+        loaded = maps if isinstance(maps, HashMaps) else HashMaps.from_pretrained(maps)
+        loaded.check_model(described)
+        maps = HashSelector(loaded.to(model.device).requires_grad_(False))
+    if not isinstance(budget, Budget):
+        budget = Budget(density=1 / 16 if budget is None else budget)
+    sparse = SparseAttention(maps, budget, min_context, tuple(dense_layers), sparse_tail, observer)
+    return Attachment(model, sparse)

@@ -1,0 +1,84 @@
+"""Describe a transformers model: the `BaseModel` fields its maps must agree with, or why it cannot be served."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from torch import nn
+
+from hashattention.config import BaseModel
+from hashattention.errors import UnsupportedModelError
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The causal self-attention modules of a decoder by layer index."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and type(module).__name__.endswith("Attention") and getattr(module, "is_causal", False):
+            found.setdefault(index, module)
+    return found
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of a model's text decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def full_attention_layers(config: Any) -> tuple[int, ...]:
+    """Layers whose attention sees the whole context (not a sliding window, a chunk or a recurrent state)."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        windowed = getattr(config, "sliding_window", None) is not None
+        kinds = ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
+    return tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
+
+
+def describe(model: Any) -> BaseModel:
+    """What maps must know of a transformers model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For an encoder, an encoder-decoder, multi-head latent attention, a model without full attention layers (linear or
+        sliding only), or one whose attention does not go through transformers' AttentionInterface.
+    """
+    name, config = type(model).__name__, text_config(model)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; hash attention serves decoder-only language models.")
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{name} uses multi-head latent attention (MLA): it has no K and V per head to select from. "
+            "Use a model with multi-head or grouped-query attention."
+        )
+    modules = attention_modules(model)
+    if not modules:
+        kind = getattr(config, "model_type", name)
+        raise UnsupportedModelError(
+            f"{name} ({kind}) has no causal self-attention over a KV cache (encoder-only, or linear/recurrent attention); "
+            "hash attention serves decoder-only transformers."
+        )
+    layers = tuple(index for index in full_attention_layers(config) if index in modules)
+    if not layers:
+        raise UnsupportedModelError(
+            f"{name} has no full-attention layer: all are sliding-window or linear, which are dense already at no cost."
+        )
+    first = type(modules[layers[0]])
+    if not hasattr(sys.modules[first.__module__], "ALL_ATTENTION_FUNCTIONS"):
+        raise UnsupportedModelError(
+            f"{first.__name__} of {name} does not use transformers' AttentionInterface, so it cannot be hooked without "
+            "patching; use a model from transformers itself, or open an issue naming this architecture."
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    return BaseModel(
+        architecture=name,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        layers=layers,
+        rope=json.dumps(rope.get("full_attention", rope), sort_keys=True),
+        name=getattr(model.config, "name_or_path", "") or "",
+    )
