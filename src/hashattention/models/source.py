@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -187,7 +188,7 @@ def load_model(
         _require("gguf", "accelerate")
         options["gguf_file"] = source.gguf_file
         dtype = dtype or torch.bfloat16
-    with _explained(source):
+    with _explained(source), _parsed_once(source):
         config = AutoConfig.from_pretrained(source.location, **options)
         _check_decoder(source, config)
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
@@ -290,6 +291,22 @@ def _explained(source: ModelSource) -> Iterator[None]:
         elif short:
             advice += f"; {short[0]!r} fetches a 4-bit copy without the hub"
         raise ModelNotFoundError(f"could not load {source.name!r}: {first} What to do: {advice}.") from error
+
+
+@contextmanager
+def _parsed_once(source: ModelSource) -> Iterator[None]:
+    """Let transformers parse a GGUF file once: it does so for config, tokenizer and weights, ten seconds each."""
+    if source.gguf_file is None:
+        yield
+        return
+    import gguf
+
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(reader), cache(name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
 
 
 def _check_decoder(source: ModelSource, config: Any) -> None:
