@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hashattention.errors import InputError
+from hashattention.ops import dispatch, shapes
 from hashattention.ops.attend import attend
 from hashattention.ops.encode import encode_query, encode_signature
 from hashattention.ops.select import score_select
@@ -15,7 +16,9 @@ from hashattention.ops.select import score_select
 
 def group_queries(q: Tensor, heads: int) -> Tensor:
     """Queries ``[B, Hq, T, D]`` as a map with `heads` heads takes them: concatenated over the Hq / heads queries of each."""
+    shapes.expect({}, "q", q, "B Hq T D")
     batch, query_heads, tokens, dim = q.shape
+    shapes.expect_multiple(query_heads, heads, "query heads over map heads")
     if query_heads == heads:
         return q
     grouped = q.unflatten(1, (heads, query_heads // heads)).transpose(2, 3)
@@ -74,6 +77,8 @@ def decode(
     """
     if not 0 <= levels <= 127:
         raise InputError(f"levels is {levels}; expected 0 (bit code) to 127.")
+    if not weights:
+        raise InputError("weights is empty; a map needs at least one stage.")
     caches, bounds = (k, v, signatures), (start, end, budgets)
     rest = (capacity, levels, scale, softcap, mask, block_table, backend)
     out, logsumexp = torch.ops.hashattention.decode(q, *caches, list(weights), list(biases), *bounds, *rest)
@@ -88,20 +93,58 @@ def decode(
     " -> (Tensor, Tensor)",
 )
 def _decode(  # type: ignore[no-untyped-def]
-    q, k, v, signatures, weights, biases, start, end, budgets, capacity, levels, scale, softcap, mask, block_table, backend
+    q,
+    k,
+    v,
+    signatures,
+    weights,
+    biases,
+    start,
+    end,
+    budgets,
+    capacity,
+    levels,
+    scale,
+    softcap,
+    mask,
+    block_table,
+    backend,
 ):
+    features = {"k": k, "v": v, "code": None, "weights": weights, "selection_heads": budgets.shape[1], "levels": levels}
+    fused = dispatch.find_fused("decode", q, backend, **features, capacity=capacity, mask=mask, block_table=block_table)
+    if fused is not None:
+        maps = (list(weights), list(biases))
+        rest = (capacity, levels, scale, softcap, mask, block_table)
+        return fused(q, k, v, signatures, *maps, start, end, budgets, *rest)
     x = group_queries(q, weights[0].shape[0])
     if levels:
         code, _ = encode_query(x, weights, biases, levels, backend=backend)
     else:
         code = encode_signature(x, weights, biases, backend=backend)
     caches = {"block_table": block_table, "backend": backend}
-    indices, counts = score_select(code, signatures, start, end, budgets, capacity, mask=mask, **caches)
+    indices, counts = score_select(
+        code, signatures, start, end, budgets, capacity, mask=mask, levels=levels or 127, **caches
+    )
     return attend(q, k, v, indices, counts, scale=scale, softcap=softcap, **caches)
 
 
 @_decode.register_fake
 def _(  # type: ignore[no-untyped-def]
-    q, k, v, signatures, weights, biases, start, end, budgets, capacity, levels, scale, softcap, mask, block_table, backend
+    q,
+    k,
+    v,
+    signatures,
+    weights,
+    biases,
+    start,
+    end,
+    budgets,
+    capacity,
+    levels,
+    scale,
+    softcap,
+    mask,
+    block_table,
+    backend,
 ):
     return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)

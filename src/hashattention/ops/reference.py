@@ -62,10 +62,11 @@ def score(code: Tensor, signatures: Tensor, selection_heads: int, block_table: T
     if block_table is not None:
         signatures = signatures[block_table.long()].transpose(1, 2).flatten(2, 3)
     weights = unpack_bits(code).float() * 2 - 1 if code.dtype == torch.int32 else code.float()
-    batch, signature_heads = signatures.shape[:2]
-    weights = weights.reshape(batch, signature_heads, -1, weights.shape[-1])
+    signature_heads = signatures.shape[1]
+    weights = weights.squeeze(2).unflatten(1, (signature_heads, -1))
     chunks = [
-        weights @ (unpack_bits(chunk).float() * 2 - 1).transpose(-1, -2) for chunk in signatures.split(SCORE_CHUNK, dim=2)
+        weights @ (unpack_bits(chunk).float() * 2 - 1).transpose(-1, -2)
+        for chunk in signatures.split(SCORE_CHUNK, dim=2)
     ]
     scores = torch.cat(chunks, -1).flatten(1, 2)
     return scores.unflatten(1, (selection_heads, -1)).sum(2).to(torch.int32)
@@ -130,20 +131,21 @@ def attend(
 
     A row with count 0 gives out 0 and logsumexp -inf.
     """
-    batch, query_heads, _, dim = q.shape
     selection_heads, slots = indices.shape[1:]
     used = torch.arange(slots, device=q.device) < counts[..., None]
+    indices = indices.masked_fill(~used, 0)
     keys = gather_tokens(k, indices, block_table).float().masked_fill(~used[..., None], 0)
     values = gather_tokens(v, indices, block_table).float().masked_fill(~used[..., None], 0)
-    queries = q.float().reshape(batch, selection_heads, -1, dim)
+    queries = q.float().squeeze(2).unflatten(1, (selection_heads, -1))
     logits = queries @ keys.transpose(-1, -2) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~used[:, :, None], -torch.inf)
     lse = logits.logsumexp(-1)
-    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    out = (weights @ values).reshape(batch, query_heads, 1, -1)
-    return out.to(q.dtype), lse.reshape(batch, query_heads, 1)
+    # Not exp(logits - lse): a large lse would cost its own rounding. An empty row is NaN here, all of it masked.
+    weights = logits.softmax(-1).masked_fill(~used[:, :, None], 0)
+    out = (weights @ values).flatten(1, 2).unsqueeze(2)
+    return out.to(q.dtype), lse.flatten(1, 2).unsqueeze(2)
 
 
 def score_select(
@@ -155,7 +157,8 @@ def score_select(
     capacity: int,
     mask: Tensor | None = None,
     block_table: Tensor | None = None,
+    levels: int = 127,
 ) -> tuple[Tensor, Tensor]:
-    """`select` of `score`: indices int32 ``[B, Hsel, capacity]`` and counts int32 ``[B, Hsel]``."""
+    """`select` of `score`: indices int32 ``[B, Hsel, capacity]`` and counts int32 ``[B, Hsel]`` (`levels` only helps kernels)."""
     scores = score(code, signatures, budgets.shape[1], block_table)
     return select(scores, start, end, budgets, capacity, mask)

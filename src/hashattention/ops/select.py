@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hashattention.errors import InputError
 from hashattention.ops import dispatch, shapes
-from hashattention.ops.score import check_codes
+from hashattention.ops.score import check_codes, tokens_of
 
 
 def select(
@@ -75,22 +75,29 @@ def score_select(
     *,
     mask: Tensor | None = None,
     block_table: Tensor | None = None,
+    levels: int = 127,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """``select(score(code, signatures, Hsel), ...)`` in one op; Hsel is the number of heads of `budgets`.
 
-    Parameters and results are those of `score` and `select`.
+    Parameters and results are those of `score` and `select`, and
+
+    Parameters
+    ----------
+    levels : int
+        Largest magnitude of an integer code's weights; a tight one lets a kernel count fewer score levels.
 
     Raises
     ------
     InputError
         For shapes or dtypes that do not fit.
     """
-    sizes = {"B": code.shape[0]}
+    shapes.expect({}, "budgets", budgets, "B Hsel 3", torch.int32)
     check_codes(code, signatures, budgets.shape[1], block_table)
+    sizes = {"B": code.shape[0], "T": tokens_of(signatures, block_table)}
     check_rows(sizes, start, end, budgets, capacity, mask)
     shapes.expect_same_device(code=code, start=start, end=end, budgets=budgets, mask=mask)
-    arguments = (code, signatures, start, end, budgets, capacity, mask, block_table, backend)
+    arguments = (code, signatures, start, end, budgets, capacity, mask, block_table, levels, backend)
     indices, counts = torch.ops.hashattention.score_select(*arguments)
     return indices, counts
 
@@ -123,12 +130,12 @@ def _select(scores, start, end, budgets, capacity, mask, backend):  # type: igno
     "hashattention::score_select",
     mutates_args=(),
     schema="(Tensor code, Tensor signatures, Tensor start, Tensor end, Tensor budgets, int capacity, Tensor? mask,"
-    " Tensor? block_table, str backend) -> (Tensor, Tensor)",
+    " Tensor? block_table, int levels, str backend) -> (Tensor, Tensor)",
 )
-def _score_select(code, signatures, start, end, budgets, capacity, mask, block_table, backend):  # type: ignore[no-untyped-def]
-    features = {"code": code, "capacity": capacity, "mask": mask, "block_table": block_table}
-    run = dispatch.find("score_select", signatures, backend, **features)
-    return run(code, signatures, start, end, budgets, capacity, mask, block_table)
+def _score_select(code, signatures, start, end, budgets, capacity, mask, block_table, levels, backend):  # type: ignore[no-untyped-def]
+    features = {"code": code, "selection_heads": budgets.shape[1], "levels": levels, "capacity": capacity}
+    run = dispatch.find("score_select", signatures, backend, **features, mask=mask, block_table=block_table)
+    return run(code, signatures, start, end, budgets, capacity, mask, block_table, levels)
 
 
 def _fake(budgets: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -141,5 +148,5 @@ def _(scores, start, end, budgets, capacity, mask, backend):  # type: ignore[no-
 
 
 @_score_select.register_fake
-def _(code, signatures, start, end, budgets, capacity, mask, block_table, backend):  # type: ignore[no-untyped-def]
+def _(code, signatures, start, end, budgets, capacity, mask, block_table, levels, backend):  # type: ignore[no-untyped-def]
     return _fake(budgets, capacity)

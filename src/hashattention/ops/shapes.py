@@ -20,14 +20,14 @@ def expect(sizes: dict[str, int], name: str, tensor: Tensor, shape: str, *dtypes
     given = f"{name} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
     if tensor.dim() != len(wanted):
         raise InputError(f"{given}; expected [{', '.join(wanted)}], {len(wanted)} dimensions.")
+    if dtypes and tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise InputError(f"{given}; expected dtype {allowed}.")
     for letter, size in zip(wanted, tensor.shape, strict=True):
         known = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
         if size != known:
             bound = ", ".join(f"{key}={value}" for key, value in sizes.items())
             raise InputError(f"{given}; expected [{', '.join(wanted)}] with {bound}: size {letter} must be {known}.")
-    if dtypes and tensor.dtype not in dtypes:
-        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise InputError(f"{given}; expected dtype {allowed}.")
 
 
 def expect_multiple(many: int, few: int, meaning: str) -> None:

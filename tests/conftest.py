@@ -1,0 +1,47 @@
+"""What every test shares: reproducible hypothesis runs, one thread, and no GPU test without a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def to_pages() -> Callable[..., tuple[Tensor, ...]]:
+    """A function (size, *caches) -> (block_table, *pages): shuffled; spare pages and row ends hold poison."""
+
+    def paginate(size: int, *caches: Tensor, seed: int = 0) -> tuple[Tensor, ...]:
+        batch, _, tokens = caches[0].shape[:3]
+        per_row = -(-tokens // size)
+        order = torch.randperm(batch * per_row + 3, generator=torch.Generator().manual_seed(seed))
+        table = order[: batch * per_row].view(batch, per_row)
+        pages = []
+        for cache in caches:
+            poison = float("nan") if cache.is_floating_point() else -1
+            padded = cache.new_full((batch, cache.shape[1], per_row * size, cache.shape[3]), poison)
+            padded[:, :, :tokens] = cache
+            page = cache.new_full((len(order), cache.shape[1], size, cache.shape[3]), poison)
+            page[table] = padded.unflatten(2, (per_row, size)).transpose(1, 2)
+            pages.append(page)
+        return (table.to(torch.int32), *pages)
+
+    return paginate
