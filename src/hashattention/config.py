@@ -32,10 +32,14 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(fields))}."
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
-    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    required = [
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     missing = [name for name in required if name not in values]
     if missing:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}; add the key or write the file again with this version.")
+        raise ConfigError(
+            f"{where}: missing {', '.join(missing)}; add the key or write the file again with this version."
+        )
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
@@ -48,8 +52,8 @@ def _require(condition: bool, message: str) -> None:
 class Budget:
     """How many tokens one query may attend to.
 
-    Give either `density` (sink, local and heavy together, as a fraction of the causal tokens) or `heavy` (on top of sink
-    and local: a count if it is an int, a fraction of the causal tokens if it is a float).
+    Give either `density` (sink, local and heavy together, as a fraction of the causal tokens) or `heavy` (on top of
+    sink and local: a count if it is an int, a fraction of the causal tokens if it is a float).
 
     Parameters
     ----------
@@ -82,9 +86,14 @@ class Budget:
             (self.density is None) != (self.heavy is None),
             f"Budget takes exactly one of density and heavy; given density={self.density}, heavy={self.heavy}.",
         )
+        for name in ("density", "heavy"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, int | float), f"{name} must be a number; given {value!r}.")
         for name in ("sink", "local"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 0, f"{name} must be a whole number >= 0 (tokens); given {value!r}.")
+            _require(
+                isinstance(value, int) and value >= 0, f"{name} must be a whole number >= 0 (tokens); given {value!r}."
+            )
         if self.density is not None:
             _require(
                 0 < self.density <= 1,
@@ -140,8 +149,8 @@ class BaseModel:
 class MapsConfig:
     """The shape of the hash maps of one model and how their codes are scored and shared.
 
-    The default is the group code: one 64-bit signature per KV head, and one integer query code per KV head made from the
-    concatenated queries of its GQA group. `MapsConfig.paper()` is HashAttention as published (arXiv 2412.14468).
+    The default is the group code: one 64-bit signature per KV head, and one integer query code per KV head made from
+    the concatenated queries of its GQA group. `MapsConfig.paper()` is HashAttention as published (arXiv 2412.14468).
 
     Parameters
     ----------
@@ -171,14 +180,19 @@ class MapsConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.bits % 32 == 0 and 32 <= self.bits <= 256,
-            f"bits must be a multiple of 32 from 32 to 256; given {self.bits}.",
+            isinstance(self.bits, int) and self.bits % 32 == 0 and 32 <= self.bits <= 256,
+            f"bits must be a multiple of 32 from 32 to 256; given {self.bits!r}.",
         )
         _require(
-            len(self.widths) <= 2 and all(width > 0 for width in self.widths),
+            isinstance(self.widths, tuple)
+            and len(self.widths) <= 2
+            and all(isinstance(width, int) and width > 0 for width in self.widths),
             f"widths must hold zero to two positive hidden widths; given {self.widths}.",
         )
-        _require(1 <= self.levels <= 127, f"levels must be from 1 to 127 (int8 query weights); given {self.levels}.")
+        _require(
+            isinstance(self.levels, int) and 1 <= self.levels <= 127,
+            f"levels must be from 1 to 127 (int8 query weights); given {self.levels!r}.",
+        )
         choices = {
             "score": ("asymmetric", "symmetric"),
             "query_input": ("group", "head"),

@@ -208,6 +208,6 @@ def test_opcheck(masked: bool, to_pages: Callable[..., tuple[Tensor, ...]]) -> N
     torch.library.opcheck(torch.ops.hashattention.select.default, (scores, *rows, mask, "auto"))
     torch.library.opcheck(torch.ops.hashattention.select.default, (scores.float(), *rows, mask, "reference"))
     fused = torch.ops.hashattention.score_select.default
-    torch.library.opcheck(fused, (code, signatures, *rows, mask, None, "auto"))
+    torch.library.opcheck(fused, (code, signatures, *rows, mask, None, 127, "auto"))
     table, pages = to_pages(4, signatures)
-    torch.library.opcheck(fused, (code, pages, *rows, mask, table, "auto"))
+    torch.library.opcheck(fused, (code, pages, *rows, mask, table, 7, "auto"))
