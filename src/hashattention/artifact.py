@@ -1,4 +1,6 @@
-"""The folder format of maps: ``config.json`` (versioned, readable) and ``model.safetensors``. No pickle is ever executed."""
+"""The folder format of maps: ``config.json`` (versioned, readable) and ``model.safetensors``. No pickle is ever
+executed.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise ArtifactError(f"{folder} is not a maps folder: it has no {CONFIG_FILE}. Give a folder that `train` wrote.")
+        raise ArtifactError(
+            f"{folder} is not a maps folder: it has no {CONFIG_FILE}. Give a folder that `train` wrote."
+        )
     refuse_lfs_pointer(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -94,7 +98,9 @@ def refuse_lfs_pointer(path: Path) -> None:
     """Raise `ArtifactError` if `path` is a git-LFS pointer instead of the file it stands for."""
     with path.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ArtifactError(f"{path} is a git-LFS pointer, not the file; run `git lfs pull` or download the file itself.")
+            raise ArtifactError(
+                f"{path} is a git-LFS pointer, not the file; run `git lfs pull` or download the file itself."
+            )
 
 
 def locate(name: str | os.PathLike[str]) -> Path:
@@ -113,7 +119,9 @@ def locate(name: str | os.PathLike[str]) -> Path:
         return shipped[str(name)]
     if str(name).count("/") != 1 or folder.is_absolute() or str(name).startswith("."):
         known = ", ".join(shipped) or "none"
-        raise ArtifactError(f"no maps folder at {name!s}; give an existing folder, shipped maps ({known}) or a hub id (owner/name).")
+        raise ArtifactError(
+            f"no maps folder at {name!s}; give an existing folder, shipped maps ({known}) or a hub id (owner/name)."
+        )
     return _download(str(name))
 
 
@@ -127,7 +135,9 @@ def _download(hub_id: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
-        raise MissingDependencyError(f"maps {hub_id!r} are on the hub: pip install 'hashattention[transformers]'") from error
+        raise MissingDependencyError(
+            f"maps {hub_id!r} are on the hub: pip install 'hashattention[transformers]'"
+        ) from error
     try:
         return Path(snapshot_download(hub_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -33,7 +33,8 @@ class SparseAttention:
     dense_layers : tuple of int
         Layers that always stay dense.
     sparse_tail : int
-        How many of the last positions of a prefill are sparse too (0: prefill is dense; the paper's evaluation uses 32 or 128).
+        How many of the last positions of a prefill are sparse too (0: prefill is dense; the paper's evaluation uses 32
+        or 128).
     observer : callable, optional
         Called as ``observer(step, selection, out)`` after every sparse step; for measuring, not for serving.
     """
@@ -51,7 +52,9 @@ class SparseAttention:
                 raise ConfigError(f"{name} must be >= 0 tokens; given {getattr(self, name)}.")
 
     def sparse_positions(self, layer: int, queries: int, tokens: int) -> int:
-        """How many of the last query positions of this call are sparse; 0 where the layer, the context or the budget says dense."""
+        """How many of the last query positions of this call are sparse; 0 where the layer, the context or the budget
+        says dense.
+        """
         unserved = self.selector.layers is not None and layer not in self.selector.layers
         covered = self.budget.capacity(tokens) >= tokens
         if unserved or covered or layer in self.dense_layers or tokens < self.min_context:
@@ -71,7 +74,9 @@ class SparseAttention:
         softcap: float,
         dense: Callable[[], Tensor],
     ) -> Tensor:
-        """Attention output ``[B, Hq, Tq, D]`` of one layer; `dense` computes the model's own and is called only if needed."""
+        """Attention output ``[B, Hq, Tq, D]`` of one layer; `dense` computes the model's own and is called only if
+        needed.
+        """
         queries = query.shape[2]
         sparse = self.sparse_positions(layer, queries, extent.tokens)
         if not sparse:

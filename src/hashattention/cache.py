@@ -1,4 +1,6 @@
-"""Per-token tensors beside K and V of one layer (signatures, page summaries, ...), kept in step with crops and beams."""
+"""Per-token tensors beside K and V of one layer (signatures, page summaries, ...), kept in step with crops and
+beams.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class TokenCache:
         return self._lengths.get(name, 0)
 
     def extend(self, name: Hashable, tokens: int, make: Callable[[int], Tensor]) -> Tensor:
-        """The tensor under `name` for the first `tokens` tokens; ``make(first)`` gives those from `first` on if some lack."""
+        """The tensor under `name` for the first `tokens` tokens; ``make(first)`` gives those from `first` on if some
+        lack.
+        """
         held = self.length(name)
         if held < tokens:
             self._append(name, make(held), tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from typing import Any
 
@@ -18,11 +19,13 @@ KEY_CHUNK = 8192
 
 
 class Mlp(nn.Module):
-    """One MLP per layer and head: weights ``[L, H, in, out]`` and biases ``[L, H, out]`` a stage, SiLU between stages."""
+    """One MLP per layer and head: weights ``[L, H, in, out]`` and biases ``[L, H, out]`` a stage, SiLU between
+    stages.
+    """
 
     def __init__(self, layers: int, heads: int, widths: tuple[int, ...]) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.weights = nn.ParameterList([torch.randn(layers, heads, i, o) * i**-0.5 for i, o in pairs])
         self.biases = nn.ParameterList([torch.zeros(layers, heads, o) for _, o in pairs])
 
@@ -51,7 +54,9 @@ class LayerMaps:
         return torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
 
     def code_queries(self, query: Tensor, *, backend: str = "auto") -> Tensor:
-        """Query codes of queries ``[B, Hq, T, D]``: int8 ``[B, Hc, T, bits]`` (asymmetric) or int32 ``[B, Hc, T, W]``."""
+        """Query codes of queries ``[B, Hq, T, D]``: int8 ``[B, Hc, T, bits]`` (asymmetric) or int32
+        ``[B, Hc, T, W]``.
+        """
         x = ops.group_queries(query, self.query_weights[0].shape[0])
         stages = self.query_weights, self.query_biases
         if self.config.score == "symmetric":
@@ -101,14 +106,17 @@ class HashMaps(nn.Module):
         return LayerMaps(self.config, *self.query.layer(position), *self.key.layer(position))
 
     def check_model(self, model: BaseModel) -> None:
-        """Raise `ArtifactError` unless these maps were trained for `model`; the message names the field that differs."""
+        """Raise `ArtifactError` unless these maps were trained for `model`; the message names the field that
+        differs.
+        """
         for field in dataclasses.fields(BaseModel):
             mine, theirs = getattr(self.model, field.name), getattr(model, field.name)
             fits = set(mine) <= set(theirs) if field.name == "layers" else mine == theirs
             if field.name != "name" and not fits:
                 raise ArtifactError(
-                    f"these maps are for {self.model.name or self.model.architecture}: {field.name} is {mine!r}, but the model "
-                    f"has {theirs!r}; train maps for this model with `hashattention train` or load the model they belong to."
+                    f"these maps are for {self.model.name or self.model.architecture}: {field.name} is {mine!r}, but "
+                    f"the model has {theirs!r}; train maps for this model with `hashattention train` or load the model "
+                    "they belong to."
                 )
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> None:

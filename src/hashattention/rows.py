@@ -12,7 +12,9 @@ from hashattention.config import Budget
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The bounds and budgets that `ops.select` takes: start, end int32 ``[B]``, budgets int32 ``[B, Hsel, 3]``, mask bool ``[B, T]``."""
+    """The bounds and budgets that `ops.select` takes: start, end int32 ``[B]``, budgets int32 ``[B, Hsel, 3]``, mask
+    bool ``[B, T]``.
+    """
 
     start: Tensor
     end: Tensor
@@ -23,19 +25,21 @@ class Rows:
 
 def count_budget(budget: Budget, lengths: Tensor) -> Tensor:
     """`Budget.counts` for a tensor of lengths ``[B]``, on its device: int32 ``[B, 3]`` (sink, local, heavy)."""
+    # Scalars enter through clamp alone: a tensor made from one would wait for the device.
     length = lengths.to(torch.int64)
     if budget.density is not None:
         total = torch.minimum((length.double() * budget.density).floor().long().clamp(min=1), length)
-        local = torch.minimum(total.new_tensor(budget.local), (total - budget.sink).clamp(min=1))
-        local = torch.minimum(local, total)
-        sink = torch.minimum(total.new_tensor(budget.sink), total - local)
+        local = torch.minimum((total - budget.sink).clamp(min=1).clamp(max=budget.local), total)
+        sink = (total - local).clamp(max=budget.sink)
         heavy = total - sink - local
     else:
         sink = length.clamp(max=budget.sink)
-        local = torch.minimum(length.new_tensor(budget.local), length - sink)
-        share = isinstance(budget.heavy, float)
-        asked = (length.double() * budget.heavy).floor().long() if share else length.new_tensor(budget.heavy or 0)
-        heavy = torch.minimum(asked, length - sink - local)
+        local = (length - sink).clamp(max=budget.local)
+        heavy = length - sink - local
+        if isinstance(budget.heavy, float):
+            heavy = torch.minimum((length.double() * budget.heavy).floor().long(), heavy)
+        else:
+            heavy = heavy.clamp(max=int(budget.heavy or 0))
     return torch.stack([sink, local, heavy], -1).to(torch.int32)
 
 

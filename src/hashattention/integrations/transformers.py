@@ -40,7 +40,7 @@ class SelectedLayer(DynamicLayer):
     def adopt(cls, layer: DynamicLayer) -> SelectedLayer:
         """The same keys and values as `layer`, shared and not copied, as a `SelectedLayer`."""
         adopted = cls()
-        vars(adopted).update(vars(layer))
+        adopted.__dict__.update(layer.__dict__)
         return adopted
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -113,7 +113,9 @@ class Attachment:
     def __enter__(self) -> Attachment:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
     def _before_model(self, decoder: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -138,14 +140,17 @@ class Attachment:
         if cache is None:
             return None
         if not isinstance(cache, Cache):
-            raise UnsupportedModelError(f"cache {type(cache).__name__} is not supported; use transformers' DynamicCache.")
+            raise UnsupportedModelError(
+                f"cache {type(cache).__name__} is not supported; use transformers' DynamicCache."
+            )
         layer = cache.layers[index]
         if type(layer) is DynamicLayer:
             layer = cache.layers[index] = SelectedLayer.adopt(layer)
         if not isinstance(layer, SelectedLayer):
             raise UnsupportedModelError(
-                f"layer {index} of {type(cache).__name__} is a {type(layer).__name__}; hash attention keeps its signatures "
-                "beside a DynamicCache: leave cache_implementation unset or pass past_key_values=DynamicCache(config=model.config)."
+                f"layer {index} of {type(cache).__name__} is a {type(layer).__name__}; hash attention keeps its "
+                "signatures beside a DynamicCache: leave cache_implementation unset or pass "
+                "past_key_values=DynamicCache(config=model.config)."
             )
         return layer.side
 
@@ -160,8 +165,8 @@ class Attachment:
             return Extent.full(batch, tokens, device)
         if self._mask.dim() != 2 or self._mask.shape[1] != tokens:
             raise InputError(
-                f"attention_mask is {list(self._mask.shape)} for a cache of {tokens} tokens; hash attention takes a padding "
-                f"mask [{batch}, {tokens}] (1 = a real token), as the tokenizer gives it."
+                f"attention_mask is {list(self._mask.shape)} for a cache of {tokens} tokens; hash attention takes a "
+                f"padding mask [{batch}, {tokens}] (1 = a real token), as the tokenizer gives it."
             )
         return Extent.from_mask(self._mask.to(device), holes=self._holes)
 
@@ -184,9 +189,16 @@ def hash_attention(
     s_aux: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function transformers calls: query ``[B, Hq, Tq, D]``, key and value ``[B, Hkv, T, D]``, out ``[B, Tq, Hq, D]``."""
+    """The attention function transformers calls: query ``[B, Hq, Tq, D]``, key and value ``[B, Hkv, T, D]``, out
+    ``[B, Tq, Hq, D]``.
+    """
     attachment: Attachment = getattr(module, SLOT)
-    for name, given in (("scaling", scaling), ("softcap", softcap), ("sliding_window", sliding_window), ("s_aux", s_aux)):
+    for name, given in (
+        ("scaling", scaling),
+        ("softcap", softcap),
+        ("sliding_window", sliding_window),
+        ("s_aux", s_aux),
+    ):
         if given is not None:
             rest[name] = given
     function = dense_function(module, attachment.dense_implementation)
@@ -267,10 +279,14 @@ def attach(
     """
     described = describe(model)
     if any(hasattr(module, SLOT) for module in attention_modules(model).values()):
-        raise ConfigError("this model is attached already; call detach() on its handle, or leave its with-block, first.")
+        raise ConfigError(
+            "this model is attached already; call detach() on its handle, or leave its with-block, first."
+        )
     unknown = [layer for layer in dense_layers if not 0 <= layer < described.num_hidden_layers]
     if unknown:
-        raise ConfigError(f"dense_layers {unknown} are not layers of this model; it has 0 to {described.num_hidden_layers - 1}.")
+        raise ConfigError(
+            f"dense_layers {unknown} are not layers of this model; it has 0 to {described.num_hidden_layers - 1}."
+        )
     if not isinstance(maps, Selector):
         loaded = maps if isinstance(maps, HashMaps) else HashMaps.from_pretrained(maps)
         loaded.check_model(described)

@@ -17,7 +17,11 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     found: dict[int, nn.Module] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and type(module).__name__.endswith("Attention") and getattr(module, "is_causal", False):
+        if (
+            isinstance(index, int)
+            and type(module).__name__.endswith("Attention")
+            and getattr(module, "is_causal", False)
+        ):
             found.setdefault(index, module)
     return found
 
@@ -42,12 +46,14 @@ def describe(model: Any) -> BaseModel:
     Raises
     ------
     UnsupportedModelError
-        For an encoder, an encoder-decoder, multi-head latent attention, a model without full attention layers (linear or
-        sliding only), or one whose attention does not go through transformers' AttentionInterface.
+        For an encoder, an encoder-decoder, multi-head latent attention, a model without full attention layers (linear
+        or sliding only), or one whose attention does not go through transformers' AttentionInterface.
     """
     name, config = type(model).__name__, text_config(model)
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder; hash attention serves decoder-only language models.")
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder; hash attention serves decoder-only language models."
+        )
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(
             f"{name} uses multi-head latent attention (MLA): it has no K and V per head to select from. "
@@ -57,8 +63,8 @@ def describe(model: Any) -> BaseModel:
     if not modules:
         kind = getattr(config, "model_type", name)
         raise UnsupportedModelError(
-            f"{name} ({kind}) has no causal self-attention over a KV cache (encoder-only, or linear/recurrent attention); "
-            "hash attention serves decoder-only transformers."
+            f"{name} ({kind}) has no causal self-attention over a KV cache (encoder-only, or linear/recurrent "
+            "attention); hash attention serves decoder-only transformers."
         )
     layers = tuple(index for index in full_attention_layers(config) if index in modules)
     if not layers:

@@ -24,8 +24,8 @@ class Selection:
 class Step:
     """One new token of every request at one layer.
 
-    `query` ``[B, Hq, 1, D]``; `key` and `value` ``[B, Hkv, T, D]``, the new token included; `scale` multiplies the logits;
-    `side` keeps the method's own per-token tensors of this layer between steps.
+    `query` ``[B, Hq, 1, D]``; `key` and `value` ``[B, Hkv, T, D]``, the new token included; `scale` multiplies the
+    logits; `side` keeps the method's own per-token tensors of this layer between steps.
     """
 
     layer: int

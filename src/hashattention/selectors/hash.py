@@ -28,7 +28,9 @@ class HashSelector(Selector):
         layer = self.maps.layer(step.layer)
         tokens = step.extent.tokens
         signatures = step.side.extend(
-            (self.maps, "signatures"), tokens, lambda first: layer.sign_keys(step.key[:, :, first:tokens], backend=self.backend)
+            (self.maps, "signatures"),
+            tokens,
+            lambda first: layer.sign_keys(step.key[:, :, first:tokens], backend=self.backend),
         )
         rows = step.rows(self.share)
         code = layer.code_queries(step.query, backend=self.backend)

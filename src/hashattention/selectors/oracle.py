@@ -12,7 +12,8 @@ from hashattention.selectors.base import Selection, Selector, Step
 class OracleSelector(Selector):
     """Select by exact attention, per query head or shared by the group.
 
-    Shared selection pools the group's softmax weights, each head divided by its peak, by their maximum: no head is outvoted.
+    Shared selection pools the group's softmax weights, each head divided by its peak, by their maximum: no head is
+    outvoted.
     """
 
     def __init__(self, share: SelectionShare = "group") -> None:

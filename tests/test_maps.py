@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hashattention import artifact
+from hashattention.config import BaseModel, MapsConfig
+from hashattention.errors import ArtifactError, ConfigError
+from hashattention.maps import KEY_CHUNK, HashMaps
+from hashattention.ops import reference
+
+MODEL = BaseModel("LlamaForCausalLM", 4, 6, 2, 16, (1, 3), '{"rope_theta": 10000.0}', "tiny")
+CONFIGS = {
+    "group": MapsConfig(bits=64, widths=(24, 8)),
+    "paper": MapsConfig.paper(),
+    "heads": MapsConfig(bits=96, widths=(8,), query_input="head", selection_share="query_head"),
+    "linear": MapsConfig(bits=32, widths=(), score="symmetric"),
+}
+
+
+def build(name: str = "group") -> HashMaps:
+    torch.manual_seed(0)
+    return HashMaps(CONFIGS[name], MODEL, {"steps": 3})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_codes_and_signatures_are_one_mlp_a_head(name):
+    """Against a plain loop over heads with torch.nn.functional."""
+    maps, config = build(name), CONFIGS[name]
+    query, key = torch.randn(2, 6, 3, 16), torch.randn(2, 2, 5, 16)
+    layer = maps.layer(3)
+
+    def run(stages: int, x, weights, biases, head):
+        for stage in range(stages):
+            x = x if stage == 0 else torch.nn.functional.silu(x)
+            x = torch.nn.functional.linear(x, weights[stage][head].T, biases[stage][head])
+        return x
+
+    stages = len(config.widths) + 1
+    signatures = layer.sign_keys(key)
+    heads = config.signature_heads(MODEL)
+    assert signatures.shape == (2, heads, 5, config.words)
+    for head in range(heads):
+        logits = run(stages, key[:, head * 2 // heads], layer.key_weights, layer.key_biases, head)
+        assert torch.equal(reference.unpack_bits(signatures[:, head]), logits > 0)
+    codes = layer.code_queries(query)
+    for head in range(config.code_heads(MODEL)):
+        x = (
+            query[:, head]
+            if config.query_input == "head"
+            else query[:, head * 3 : head * 3 + 3].transpose(1, 2).flatten(2)
+        )
+        logits = run(stages, x, layer.query_weights, layer.query_biases, head)
+        if config.score == "symmetric":
+            assert torch.equal(reference.unpack_bits(codes[:, head]), logits > 0)
+        else:
+            torch.testing.assert_close(
+                codes[:, head].float(), logits / logits.abs().amax(-1, keepdim=True) * 7, atol=0.5001, rtol=0
+            )
+
+
+def test_long_keys_are_signed_in_chunks_of_no_consequence():
+    layer = build().layer(1)
+    key = torch.randn(1, 2, KEY_CHUNK + 3, 16)
+    pieces = [layer.sign_keys(part) for part in key.split([KEY_CHUNK - 100, 103], dim=2)]
+    assert torch.equal(layer.sign_keys(key), torch.cat(pieces, 2))
+
+
+def test_paper_and_default_spend_the_bits_they_say():
+    assert MapsConfig.paper().bits * MapsConfig.paper().signature_heads(MODEL) == 32 * 6
+    assert MapsConfig().bits * MapsConfig().signature_heads(MODEL) == 64 * 2
+
+
+def test_a_layer_without_a_map_is_named():
+    with pytest.raises(ConfigError, match=r"layer 0 has no hash map; layers with one: \[1, 3\]"):
+        build().layer(0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folder_round_trip(tmp_path, name, dtype):
+    maps = build(name)
+    maps.save_pretrained(tmp_path / "maps", dtype=dtype)
+    again = HashMaps.from_pretrained(tmp_path / "maps", MODEL)
+    assert again.config == maps.config
+    assert again.model == maps.model
+    assert again.training_info == {"steps": 3}
+    for mine, theirs in zip(maps.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(mine.to(dtype).float(), theirs)
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architecture", "Qwen2ForCausalLM"),
+        ("num_hidden_layers", 5),
+        ("num_attention_heads", 4),
+        ("num_key_value_heads", 1),
+        ("head_dim", 32),
+        ("rope", "{}"),
+        ("layers", (0, 1)),
+    ],
+)
+def test_each_field_of_another_model_is_refused(field, value):
+    with pytest.raises(ArtifactError, match=rf"{field} is .*train maps for this model"):
+        build().check_model(dataclasses.replace(MODEL, **{field: value}))
+
+
+def test_the_name_and_more_layers_may_differ():
+    build().check_model(dataclasses.replace(MODEL, name="elsewhere", layers=(0, 1, 2, 3)))
+
+
+def edit(folder, change) -> None:
+    path = folder / "config.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build().save_pretrained(tmp_path / "maps")
+    return tmp_path / "maps"
+
+
+def test_unknown_key_names_the_nearest(folder):
+    edit(folder, lambda document: document["maps"].update(bit=64))
+    with pytest.raises(ConfigError, match="unknown key 'bit'; did you mean 'bits'"):
+        HashMaps.from_pretrained(folder)
+
+
+def test_missing_key_is_named(folder):
+    edit(folder, lambda document: document["base_model"].pop("head_dim"))
+    with pytest.raises(ConfigError, match="missing head_dim"):
+        HashMaps.from_pretrained(folder)
+
+
+def test_unknown_version_is_refused(folder):
+    edit(folder, lambda document: document.update(format_version=99))
+    with pytest.raises(ArtifactError, match=r"format_version is 99, this release reads 1"):
+        HashMaps.from_pretrained(folder)
+
+
+def test_another_format_is_refused(folder):
+    edit(folder, lambda document: document.pop("format"))
+    with pytest.raises(ArtifactError, match="not a maps folder"):
+        HashMaps.from_pretrained(folder)
+
+
+def test_broken_json_is_refused(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ArtifactError, match="not valid JSON"):
+        HashMaps.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_truncated_file_is_refused(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ArtifactError, match="damaged or truncated"):
+        HashMaps.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_git_lfs_pointer_is_recognised(folder, name):
+    (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(ArtifactError, match="git-LFS pointer"):
+        HashMaps.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder, value):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["key.biases.0"][0, 0, 0] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ArtifactError, match=r"key\.biases\.0.* NaN or infinity"):
+        HashMaps.from_pretrained(folder)
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    edit(folder, lambda document: document["maps"].update(bits=32))
+    with pytest.raises(ArtifactError, match="do not belong together"):
+        HashMaps.from_pretrained(folder)
+
+
+def test_a_missing_weights_file_is_named(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"has no model\.safetensors"):
+        HashMaps.from_pretrained(folder)
+
+
+def test_no_folder_lists_what_exists(tmp_path):
+    with pytest.raises(ArtifactError, match=r"no maps folder at .*hub id"):
+        HashMaps.from_pretrained(tmp_path / "absent")
+
+
+def test_a_failed_write_leaves_the_old_folder_whole(folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        build("paper").save_pretrained(folder)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert HashMaps.from_pretrained(folder).config == CONFIGS["group"]
+
+
+def test_hub_ids_go_to_the_hub(monkeypatch, folder):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert artifact.locate("someone/some-maps") == folder
+    assert asked == [("someone/some-maps", ["config.json", "model.safetensors"])]
+
+
+def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch):
+    def snapshot_download(name, allow_patterns):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ArtifactError, match=r"'someone/some-maps', and the hub did not give it \(no route"):
+        artifact.locate("someone/some-maps")

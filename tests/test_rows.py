@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hashattention.config import Budget
+from hashattention.rows import Extent, count_budget
+
+BUDGETS = st.one_of(
+    st.builds(Budget, density=st.floats(1e-4, 1.0), sink=st.integers(0, 80), local=st.integers(0, 80)),
+    st.builds(Budget, heavy=st.integers(0, 300), sink=st.integers(0, 80), local=st.integers(0, 80)),
+    st.builds(Budget, heavy=st.floats(1e-4, 1.0), sink=st.integers(0, 80), local=st.integers(0, 80)),
+)
+
+
+@given(BUDGETS, st.lists(st.integers(0, 5000), min_size=1, max_size=8))
+def test_device_counts_equal_host_counts(budget, lengths):
+    counted = count_budget(budget, torch.tensor(lengths, dtype=torch.int32))
+    assert counted.dtype == torch.int32
+    assert [tuple(row) for row in counted.tolist()] == [budget.counts(length) for length in lengths]
+
+
+@given(BUDGETS, st.integers(0, 3000), st.integers(0, 3000))
+def test_capacity_holds_every_shorter_context(budget, shorter, longer):
+    shorter, longer = sorted((shorter, longer))
+    assert sum(budget.counts(shorter)) <= budget.capacity(longer)
+
+
+@given(BUDGETS, st.integers(0, 3000))
+def test_totals_never_exceed_what_was_asked_or_what_there_is(budget, length):
+    sink, local, heavy = budget.counts(length)
+    assert min(sink, local, heavy) >= 0
+    assert sink + local + heavy <= length
+    if budget.density is not None:
+        assert sink + local + heavy <= max(1, budget.density * length)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_extent_of_any_mask_covers_exactly_its_tokens(rows):
+    mask = torch.tensor(rows)
+    extent = Extent.from_mask(mask.long())
+    position = torch.arange(6)
+    inside = (position >= extent.start[:, None]) & (position < extent.end[:, None]) & extent.mask
+    assert torch.equal(inside, mask)
+    assert extent.lengths().tolist() == mask.sum(1).tolist()
+
+
+@given(st.integers(0, 6), st.integers(0, 6), st.integers(1, 5))
+def test_before_is_the_extent_some_tokens_ago(left, right, ago):
+    mask = torch.zeros(1, 6, dtype=torch.long)
+    mask[:, min(left, right) : max(left, right)] = 1
+    earlier, fresh = Extent.from_mask(mask).before(ago), Extent.from_mask(mask[:, : 6 - ago])
+    assert earlier.tokens == fresh.tokens
+    assert earlier.lengths().tolist() == fresh.lengths().tolist()
+
+
+def test_rows_are_built_once_for_each_budget():
+    extent = Extent.full(2, 100, torch.device("cpu"))
+    budget = Budget(density=0.5)
+    rows = extent.rows(budget, 3)
+    assert extent.rows(Budget(density=0.5), 3) is rows
+    assert rows.budgets.shape == (2, 3, 3)
+    assert rows.budgets[1, 2].tolist() == list(budget.counts(100))
+    assert rows.capacity == 50
