@@ -14,6 +14,9 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Before anything imports triton: without a GPU its kernels are tested in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,62 @@
+"""Triton kernels: the portable GPU backend. With ``TRITON_INTERPRET=1`` it runs on CPU tensors too, when asked for by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from hashattention.ops.triton.attend import attend
+from hashattention.ops.triton.decode import decode
+from hashattention.ops.triton.encode import LAST_STAGE_BYTES, encode_query, encode_signature, write_signature
+from hashattention.ops.triton.score import score
+from hashattention.ops.triton.select import MOST_LEVELS, levels_of, score_select
+
+__all__ = ["attend", "decode", "encode_query", "encode_signature", "refuse", "score", "score_select", "write_signature"]
+
+
+def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    """Why these kernels cannot run `op` on tensors like `tensor`, or None."""
+    reason = _refuse_device(tensor, arguments.get("named", False))
+    if reason is None and tensor.numel() == 0:
+        reason = "empty tensors are left to the reference"
+    if reason is None and arguments.get("mask") is not None:
+        reason = "a mask with holes is not supported"
+    if reason is None and arguments.get("weights"):
+        reason = _refuse_map(arguments["weights"])
+    code, heads = arguments.get("code"), arguments.get("selection_heads")
+    if reason is None and op == "score_select" and code is not None and heads:
+        reason = _refuse_levels(levels_of(code, heads, arguments.get("levels", 127)))
+    if reason is None and op == "decode":
+        weights, levels = arguments["weights"], arguments["levels"]
+        heads, bits = weights[0].shape[0] // arguments["selection_heads"], weights[-1].shape[-1]
+        reason = _refuse_levels(heads * bits * max(levels, 1) + 1)
+    return reason
+
+
+def _refuse_device(tensor: Tensor, named: bool) -> str | None:
+    if tensor.device.type == "cuda":
+        return (
+            None
+            if torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+            else "needs compute capability 8.0 or newer"
+        )
+    if tensor.device.type == "cpu" and triton.knobs.runtime.interpret:
+        return None if named else "the interpreter is for tests; name the backend to use it"
+    return f"needs a CUDA tensor, given one on {tensor.device.type}"
+
+
+def _refuse_map(weights: list[Tensor]) -> str | None:
+    if len(weights) > 3:
+        return f"at most 3 stages, given {len(weights)}"
+    last = weights[-1].shape[1:].numel() * weights[-1].element_size()
+    if len(weights) == 3 and last > LAST_STAGE_BYTES:
+        return f"the last stage's weights are {last} bytes a head, at most {LAST_STAGE_BYTES}"
+    return None
+
+
+def _refuse_levels(count: int) -> str | None:
+    return None if count <= MOST_LEVELS else f"{count} score levels a row, at most {MOST_LEVELS} are counted"
