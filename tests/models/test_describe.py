@@ -6,7 +6,7 @@ import transformers
 from tests.tiny import ARCHITECTURES, build
 
 from hashattention.errors import UnsupportedModelError
-from hashattention.models.describe import attention_modules, describe, full_attention_layers
+from hashattention.models.describe import attention_modules, canonical_rope, describe, full_attention_layers
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -24,6 +24,12 @@ def test_describes_each_listed_architecture(architecture):
 def test_rope_tells_two_models_apart():
     parameters = {"rope_type": "default", "rope_theta": 5e5}
     assert describe(build("llama")) != describe(build("llama", rope_parameters=parameters))
+
+
+def test_rope_is_compared_by_meaning_not_by_spelling():
+    written = canonical_rope({"rope_theta": 100000, "rope_type": "default", "factor": None})
+    assert written == canonical_rope({"rope_type": "default", "rope_theta": 100000.0})
+    assert written != canonical_rope({"rope_type": "linear", "rope_theta": 100000.0})
 
 
 def test_layers_without_layer_types():

@@ -40,6 +40,12 @@ def full_attention_layers(config: Any) -> tuple[int, ...]:
     return tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
 
 
+def canonical_rope(parameters: dict[str, Any]) -> str:
+    """Rotary parameters as sorted JSON in which 10000 and 10000.0 are one number and absent and None are one value."""
+    numbers = {name: float(value) if type(value) is int else value for name, value in parameters.items()}
+    return json.dumps({name: value for name, value in numbers.items() if value is not None}, sort_keys=True)
+
+
 def describe(model: Any) -> BaseModel:
     """What maps must know of a transformers model.
 
@@ -85,6 +91,6 @@ def describe(model: Any) -> BaseModel:
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         layers=layers,
-        rope=json.dumps(rope.get("full_attention", rope), sort_keys=True),
+        rope=canonical_rope(rope.get("full_attention", rope)),
         name=getattr(model.config, "name_or_path", "") or "",
     )
