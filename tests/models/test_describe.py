@@ -6,7 +6,13 @@ import transformers
 from tests.tiny import ARCHITECTURES, build
 
 from hashattention.errors import UnsupportedModelError
-from hashattention.models.describe import attention_modules, canonical_rope, describe, full_attention_layers
+from hashattention.models.describe import (
+    attention_modules,
+    canonical_rope,
+    describe,
+    full_attention_layers,
+    public_name,
+)
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -30,6 +36,20 @@ def test_rope_is_compared_by_meaning_not_by_spelling():
     written = canonical_rope({"rope_theta": 100000, "rope_type": "default", "factor": None})
     assert written == canonical_rope({"rope_type": "default", "rope_theta": 100000.0})
     assert written != canonical_rope({"rope_type": "linear", "rope_theta": 100000.0})
+
+
+@pytest.mark.parametrize(
+    ("given", "public"),
+    [
+        ("owner/model", "owner/model"),
+        ("/home/somebody/models/tiny", "tiny"),
+        ("a/b/c", "c"),
+        ("", ""),
+        ("tiny", "tiny"),
+    ],
+)
+def test_a_name_carries_no_path(given, public):
+    assert public_name(given) == public
 
 
 def test_layers_without_layer_types():

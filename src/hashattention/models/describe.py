@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -44,6 +45,13 @@ def canonical_rope(parameters: dict[str, Any]) -> str:
     """Rotary parameters as sorted JSON in which 10000 and 10000.0 are one number and absent and None are one value."""
     numbers = {name: float(value) if type(value) is int else value for name, value in parameters.items()}
     return json.dumps({name: value for name, value in numbers.items() if value is not None}, sort_keys=True)
+
+
+def public_name(name_or_path: str) -> str:
+    """A hub id as it is, a local folder by its last part: an artifact must not carry somebody's paths."""
+    return (
+        name_or_path if name_or_path.count("/") == 1 and not name_or_path.startswith("/") else Path(name_or_path).name
+    )
 
 
 def describe(model: Any) -> BaseModel:
@@ -92,5 +100,5 @@ def describe(model: Any) -> BaseModel:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         layers=layers,
         rope=canonical_rope(rope.get("full_attention", rope)),
-        name=getattr(model.config, "name_or_path", "") or "",
+        name=public_name(getattr(model.config, "name_or_path", "") or ""),
     )
