@@ -1,0 +1,170 @@
+"""Metrics on held-out sequences: recall, kept attention mass and output error of a selection, beside exact selections.
+
+The same selections that `HashSelector` and `ops.attend` give one query at a time, computed for all queries of a sequence at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hashattention.config import BaseModel, Budget
+from hashattention.maps import HashMaps, LayerMaps
+from hashattention.models.capture import Sample
+from hashattention.models.packaged import Progress
+from hashattention.ops.reference import unpack_bits
+from hashattention.rows import count_budget
+from hashattention.train.labels import attention_logits, heavy_candidates, pool_logits
+from hashattention.train.shards import Samples
+
+#: recall is taken over this many heaviest candidates of every query head.
+RECALL_TOP = 64
+EXACT = ("exact_shared", "exact_shared_peak", "exact_per_head")
+FIELDS = ("error", "kept_mass", "recall")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """Dense attention of one layer and sequence: logits ``[Hq, N, T]``, weights, output ``[Hq, N, Dv]``, top candidates."""
+
+    grouped: Tensor
+    weights: Tensor
+    value: Tensor
+    out: Tensor
+    heavy: Tensor
+    top: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, sample: Sample, sink: int, local: int) -> Exact:
+        """From a sample of one layer with values."""
+        assert sample.value is not None, "held-out samples hold values"
+        grouped = attention_logits(sample.query, sample.key, sample.positions, sample.scale)[0]
+        weights = torch.softmax(grouped.flatten(0, 1), dim=-1)
+        heads = weights.shape[0] // sample.value.shape[1]
+        value = sample.value[0].float().repeat_interleave(heads, dim=0)
+        heavy = heavy_candidates(sample.positions, weights.shape[-1], sink, local)
+        ranked = weights.masked_fill(~heavy, -1)
+        top = ranked.topk(min(RECALL_TOP, weights.shape[-1]), dim=-1).indices
+        return cls(grouped, weights, value, weights @ value, heavy, top, sample.positions)
+
+    def quality(self, chosen: Tensor) -> Tensor:
+        """error, kept mass and recall (float64 ``[3]``, means over heads and queries) of the tokens `chosen` bool ``[Hsel, N, T]``."""
+        chosen = chosen.repeat_interleave(self.weights.shape[0] // chosen.shape[0], dim=0)
+        kept = self.weights * chosen
+        mass = kept.sum(-1)
+        out = (kept @ self.value) / mass.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+        error = (out - self.out).norm(dim=-1) / self.out.norm(dim=-1)
+        is_candidate = self.heavy.expand_as(self.weights).gather(-1, self.top)
+        found = (chosen.gather(-1, self.top) & is_candidate).sum(-1) / is_candidate.sum(-1).clamp(min=1)
+        return torch.stack([error.double().mean(), mass.double().mean(), found.double().mean()])
+
+
+def hash_scores(layer: LayerMaps, sample: Sample, selection_heads: int) -> Tensor:
+    """Integer scores (as float32, exact) ``[Hsel, N, T]`` of one layer's queries; `ops.score` for all queries at once."""
+    code = layer.code_queries(sample.query, backend="reference")[0]
+    signatures = layer.sign_keys(sample.key, backend="reference")[0]
+    weights = unpack_bits(code).float() * 2 - 1 if code.dtype == torch.int32 else code.float()
+    heads, count = signatures.shape[0], code.shape[1]
+    scores = weights.unflatten(0, (heads, -1)).flatten(1, 2) @ (unpack_bits(signatures).float() * 2 - 1).transpose(
+        -1, -2
+    )
+    scores = scores.unflatten(1, (-1, count)).flatten(0, 1)
+    return scores.unflatten(0, (selection_heads, -1)).sum(1)
+
+
+def choose(scores: Tensor, positions: Tensor, budgets: Sequence[Budget]) -> list[Tensor]:
+    """Per budget bool ``[Hsel, N, T]``, what `ops.select` takes for queries at `positions`: one sort serves all budgets.
+
+    The budgets must agree in sink and local.
+    """
+    tokens = scores.shape[-1]
+    token = torch.arange(tokens, device=scores.device)
+    order = tokens - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    chosen = []
+    for budget in budgets:
+        sink, local, heavy = count_budget(budget, positions + 1).long().unbind(-1)
+        causal = token <= positions[:, None]
+        covered = causal & ((token < sink[:, None]) | (token > (positions - local)[:, None]))
+        ranked = (causal & ~covered).expand_as(scores).gather(-1, order)
+        taken = ranked & (ranked.cumsum(-1) <= heavy[:, None])
+        chosen.append(covered | torch.zeros_like(taken).scatter(-1, order, taken))
+    return chosen
+
+
+def measure(
+    held_out: Samples,
+    base: BaseModel,
+    methods: dict[str, HashMaps | None],
+    budgets: Sequence[Budget],
+    *,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Quality of selections on held-out sequences.
+
+    Parameters
+    ----------
+    held_out : Samples
+        With values.
+    base : BaseModel
+    methods : dict
+        Name to maps; None under a name of `EXACT`: "exact_shared" (top-k by the group's mean softmax, the yardstick),
+        "exact_shared_peak" (by the largest peak-normalised softmax), "exact_per_head".
+    budgets : sequence of Budget
+        All with the same sink and local.
+    device : torch.device
+
+    Returns
+    -------
+    dict of Tensor, float64 ``[budgets, layers, 3]``
+        error = |output - dense| / |dense|, kept attention mass, and recall of the 64 heaviest candidates, per method.
+    """
+    layers = len(base.layers)
+    total = {name: torch.zeros(len(budgets), layers, 3, dtype=torch.float64) for name in methods}
+    moved = {name: maps.to(device) if maps is not None else None for name, maps in methods.items()}
+    for index in range(len(held_out)):
+        for row in range(layers):
+            sample = held_out.read(index, row, row + 1).to(device)
+            exact = Exact.of(sample, budgets[0].sink, budgets[0].local)
+            for name, maps in moved.items():
+                chosen = choose(_scores(name, maps, exact, sample, base, row), sample.positions, budgets)
+                total[name][:, row] += torch.stack([exact.quality(each) for each in chosen]).cpu() / len(held_out)
+            if progress is not None:
+                progress("measuring", index * layers + row + 1, len(held_out) * layers)
+    return total
+
+
+def _scores(name: str, maps: HashMaps | None, exact: Exact, sample: Sample, base: BaseModel, row: int) -> Tensor:
+    if maps is not None:
+        return hash_scores(maps.layer(base.layers[row]), sample, maps.config.selection_heads(base))
+    assert name in EXACT, name
+    if name == "exact_per_head":
+        return exact.grouped.flatten(0, 1)
+    return pool_logits(exact.grouped, "mean" if name == "exact_shared" else "peak_max")
+
+
+def summarise(measured: dict[str, Tensor], budgets: Sequence[Budget], base: BaseModel) -> dict[str, Any]:
+    """Plain JSON values of `measure`: means over layers, the ratio to exact shared selection, and every layer."""
+    rows = []
+    for place, budget in enumerate(budgets):
+        row: dict[str, Any] = {"heavy": budget.heavy, "sink": budget.sink, "local": budget.local}
+        for name, table in measured.items():
+            means = table[place].mean(0).tolist()
+            row[name] = {field: round(value, 5) for field, value in zip(FIELDS, means, strict=True)}
+            row[name]["error_by_layer"] = [round(value, 4) for value in table[place, :, 0].tolist()]
+            if "exact_shared" in measured:
+                row[name]["ratio"] = round(
+                    means[0] / max(measured["exact_shared"][place, :, 0].mean().item(), 1e-12), 4
+                )
+        for field, name in enumerate(FIELDS[1:], 1):
+            if "hash" in measured:
+                row["hash"][f"{name}_by_layer"] = [
+                    round(value, 4) for value in measured["hash"][place, :, field].tolist()
+                ]
+        rows.append(row)
+    return {"layers": list(base.layers), "budgets": rows}

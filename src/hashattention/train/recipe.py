@@ -1,0 +1,198 @@
+"""Recipe: every choice that training depends on, in one frozen record that is stored with the maps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from hashattention.config import MapsConfig, from_mapping
+from hashattention.errors import ConfigError
+
+Loss = Literal["distill", "bce"]
+Pool = Literal["mean", "peak_sum", "peak_max"]
+
+_CHOICES = {
+    "loss": ("distill", "bce"),
+    "pool": ("mean", "peak_sum", "peak_max"),
+    "sampling": ("stratified", "chunk_tail"),
+    "schedule": ("cosine", "constant"),
+    "precision": ("float32", "bfloat16"),
+}
+_WHOLE = ("context", "sequences", "queries", "steps", "step_sequences", "step_queries", "top", "checkpoint_every")
+_COUNTS = ("held_out", "held_out_queries", "sink", "local", "warmup", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How maps are trained. The default distils the group code; `Recipe.paper()` is HashAttention as published.
+
+    Parameters
+    ----------
+    maps : MapsConfig
+        Shape, score and sharing of the maps.
+    context : int
+        Tokens of every training sequence: train at the length that is served.
+    sequences, held_out : int
+        Training sequences, and sequences kept for the metrics (never trained on).
+    queries, held_out_queries : int
+        Query positions recorded per sequence.
+    sampling : {"stratified", "chunk_tail"}
+        Where queries are taken: one from each of `queries` equal stretches after ``first_position * context``, or the last
+        quarter of every 1024 tokens (the paper's).
+    loss : {"distill", "bce"}
+        Cross-entropy to the pooled attention of the heavy candidates, or the paper's weighted binary cross-entropy.
+    pool : {"mean", "peak_sum", "peak_max"}
+        How the attention of a GQA group becomes one target (see `labels.pool_logits`).
+    top, top_mix : int, float
+        Labels are the `top` heaviest candidates; distillation mixes a uniform target over them in with weight `top_mix`.
+    straight_through : float
+        Share of the steps after which codes are hard (signs and integers) in the forward pass; 1 is never.
+    steps, step_sequences, step_queries : int
+        Optimiser steps, and what one step sees.
+    learning_rate, weight_decay, warmup, schedule
+        AdamW (Adam where `weight_decay` is 0); `warmup` steps, then a cosine to a hundredth, or constant.
+    alpha, beta : float
+        Weight of a label in the BCE: ``alpha + beta * context``.
+    sink, local : int
+        Tokens that are always attended and so are no candidates.
+    precision : {"float32", "bfloat16"}
+        Of the maps' matrix products on a GPU (weights, logits and losses stay float32).
+    checkpoint_every : int
+        Steps between checkpoints.
+    budgets : tuple of float
+        Heavy budgets (fractions of the causal tokens) at which the metrics are taken.
+    seed : int
+        Fixes the split, the positions, the initial weights and every step's draw.
+    """
+
+    maps: MapsConfig = MapsConfig()
+    context: int = 8192
+    sequences: int = 48
+    held_out: int = 4
+    queries: int = 512
+    held_out_queries: int = 64
+    sampling: Literal["stratified", "chunk_tail"] = "stratified"
+    first_position: float = 0.125
+    loss: Loss = "distill"
+    pool: Pool = "peak_sum"
+    top: int = 64
+    top_mix: float = 0.5
+    straight_through: float = 0.5
+    steps: int = 1500
+    step_sequences: int = 1
+    step_queries: int = 256
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    warmup: int = 50
+    schedule: Literal["cosine", "constant"] = "cosine"
+    alpha: float = 20.0
+    beta: float = 0.0
+    sink: int = 16
+    local: int = 64
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: int = 200
+    budgets: tuple[float, ...] = (1 / 8, 1 / 16, 1 / 32)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            _require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
+        for name in (*_WHOLE, *_COUNTS):
+            value, least = getattr(self, name), int(name in _WHOLE)
+            _require(isinstance(value, int) and value >= least, name, f"a whole number >= {least}", value)
+        for name in ("first_position", "top_mix", "straight_through"):
+            _require(0 <= getattr(self, name) <= 1, name, "in 0..1", getattr(self, name))
+        _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
+        _require(all(0 < budget <= 1 for budget in self.budgets), "budgets", "fractions in (0, 1]", self.budgets)
+        least = self.sink + self.local + 2
+        _require(self.context >= least, "context", f"at least sink + local + 2 = {least} tokens", self.context)
+        most = len(self.positions_from())
+        _require(self.queries <= most, "queries", f"at most {most}, the positions there are", self.queries)
+        _require(
+            self.step_queries <= self.queries, "step_queries", f"at most queries = {self.queries}", self.step_queries
+        )
+
+    @classmethod
+    def group(cls) -> Recipe:
+        """The default: group code, distillation."""
+        return cls()
+
+    @classmethod
+    def paper(cls) -> Recipe:
+        """HashAttention (arXiv 2412.14468): 32 bits per query head, weighted BCE on the top 64, Adam 1e-3, paper's chunks."""
+        return cls(
+            maps=MapsConfig.paper(),
+            context=32768,
+            sequences=48,
+            queries=8192,
+            sampling="chunk_tail",
+            loss="bce",
+            straight_through=1.0,
+            steps=1536,
+            learning_rate=1e-3,
+            warmup=0,
+            schedule="constant",
+            sink=128,
+            local=128,
+        )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str) -> Recipe:
+        """Build from plain values; keys not given keep their default, `maps` is a table of `MapsConfig` keys.
+
+        Raises
+        ------
+        ConfigError
+            For an unknown key (the nearest known one is named) or a value that is not allowed.
+        """
+        plain = dict(values)
+        if "maps" in plain:
+            _require(isinstance(plain["maps"], Mapping), f"{where}: maps", "a table", plain["maps"])
+            plain["maps"] = from_mapping(MapsConfig, plain["maps"], f"{where}: maps")
+        return from_mapping(cls, plain, where)
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a recipe file.
+
+        Raises
+        ------
+        ConfigError
+            If the file is missing, not TOML, or holds an unknown key.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"no recipe at {path} ({error.strerror}); give a .toml file, 'group' or 'paper'."
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not a TOML file: {error}.") from error
+        return cls.from_mapping(values, str(path))
+
+    @classmethod
+    def named(cls, name: str | os.PathLike[str]) -> Recipe:
+        """``"group"``, ``"paper"``, or the path of a TOML file."""
+        return {"group": cls.group, "paper": cls.paper}.get(str(name), lambda: cls.from_toml(name))()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_mapping` gives the same recipe back."""
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return values
+
+    def positions_from(self) -> range | list[int]:
+        """Every position (in tokens) a query may be taken from."""
+        least = self.sink + self.local + 1
+        if self.sampling == "chunk_tail":
+            return [p for p in range(least, self.context) if p % 1024 >= 768]
+        return range(max(least, int(self.first_position * self.context)), self.context)
+
+
+def _require(condition: bool, name: str, allowed: str, given: Any) -> None:
+    if not condition:
+        raise ConfigError(f"recipe: {name} must be {allowed}; given {given!r}.")

@@ -1,0 +1,200 @@
+"""Run: text to a maps folder, the whole of training: capture, fit, metrics, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hashattention import provenance
+from hashattention.config import BaseModel, Budget
+from hashattention.maps import HashMaps
+from hashattention.models.packaged import Progress
+from hashattention.train import metrics, shards
+from hashattention.train.fit import fit
+from hashattention.train.recipe import Recipe
+from hashattention.train.shards import FolderShards, MemoryShards
+from hashattention.train.text import Sequences, Texts, sequences
+
+if TYPE_CHECKING:
+    from hashattention.models.source import LoadedModel
+
+#: Inside the output folder until training is done: shards and checkpoints.
+WORK = "work"
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """The samples of a run."""
+
+    train: MemoryShards | FolderShards
+    held_out: MemoryShards | FolderShards
+
+
+def train(
+    model: str | os.PathLike[str] | LoadedModel,
+    texts: Texts | None,
+    out: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    *,
+    held_out_texts: Texts | None = None,
+    resume: bool = True,
+    in_memory: bool | None = None,
+    keep_work: bool = False,
+    disk_bytes: int | None = None,
+    memory_bytes: int | None = None,
+    device: str | torch.device | None = None,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train hash maps for a model and save them as a maps folder.
+
+    Parameters
+    ----------
+    model : str, path or LoadedModel
+        What `load_model` takes, or gives.
+    texts : path, `datasets` name or a list; None streams OpenWebText
+        What the model reads; see `text.sequences`.
+    out : path
+        The maps folder to write. While training, `out`/work holds shards and checkpoints: the same call continues an interrupted one,
+        to the same weights.
+    recipe : Recipe, optional
+        `Recipe.group()` by default.
+    held_out_texts : likewise, optional
+        Text for the metrics; by default other documents of `texts`.
+    resume : bool
+        False starts over.
+    in_memory : bool, optional
+        Keep what is captured in (GPU) memory and off the disk. By default on a GPU with room for it.
+    keep_work : bool
+        Keep `out`/work at the end.
+    disk_bytes, memory_bytes : int, optional
+        What the shards, and one training step, may use.
+    device : optional
+        Where to load and train; by default a GPU if there is one. A LoadedModel stays where it is.
+    command : str, optional
+        The command that repeats this run, for the record.
+    progress : callable, optional
+        Called as ``progress(text, done, total)``.
+
+    Returns
+    -------
+    dict
+        `out`, `recipe`, `metrics` (per budget and layer, see `metrics.summarise`), `origin`: what is stored with the artifact, too.
+
+    Raises
+    ------
+    TextError
+        For missing or too little text.
+    ConfigError, UnsupportedModelError, ModelNotFoundError
+        For the recipe or the model.
+    CheckpointError
+        If `out` holds an unfinished run with other settings, or the shards need more disk than there is.
+    """
+    from hashattention.models.describe import describe
+
+    recipe = recipe or Recipe.group()
+    loaded = _load(model, device, progress)
+    where = next(loaded.model.parameters()).device
+    base = dataclasses.replace(describe(loaded.model), name=loaded.source.hub_id or Path(loaded.source.name).name)
+    counts = {"context": recipe.context, "count": recipe.sequences, "held_out": recipe.held_out, "seed": recipe.seed}
+    text = sequences(loaded.tokenizer, texts, **counts, held_out_texts=held_out_texts, progress=progress)
+    folder = Path(out) / WORK
+    weights = shards.weights_fingerprint(loaded.model)
+    _prepare(folder, recipe, base, weights, text.fingerprint, resume)
+    settings = shards.capture_settings(recipe, base, weights, text.fingerprint)
+    memory = _fits(recipe, base, where) if in_memory is None else in_memory
+    if not memory:
+        shards.check_disk(folder, shards.capture_bytes(recipe, base), disk_bytes)
+    captured = capture_all(loaded.model, base, text, recipe, None if memory else folder, settings, progress)
+    maps = fit(captured.train, base, recipe, folder, device=where, memory_bytes=memory_bytes, progress=progress)
+    report: dict[str, Any] = {
+        "recipe": recipe.as_dict(),
+        "metrics": evaluate(captured, base, maps, recipe, where, progress),
+        "text": text.fingerprint,
+        "origin": provenance.origin(where, command),
+    }
+    maps.training_info = report
+    maps.cpu().save_pretrained(out)
+    if not keep_work:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {"out": str(out), **report}
+
+
+def capture_all(
+    model: Any,
+    base: BaseModel,
+    text: Sequences,
+    recipe: Recipe,
+    folder: Path | None,
+    settings: dict[str, Any],
+    progress: Progress | None,
+) -> Captured:
+    """Samples of all sequences: in `folder` (what is whole there is not captured again), or in memory where `folder` is None."""
+    captured = Captured(*(MemoryShards() if folder is None else FolderShards(folder, settings) for _ in range(2)))
+    total = len(text.train) + len(text.held_out)
+    for index, tokens in enumerate([*text.held_out, *text.train]):
+        held_out = index < len(text.held_out)
+        number = index if held_out else index - len(text.held_out)
+        target = captured.held_out if held_out else captured.train
+        name = f"{'held-out' if held_out else 'train'}-{number:05d}"
+        target.obtain(
+            name, _capturing(model, base, tokens, shards.draw_positions(recipe, number, held_out=held_out), held_out)
+        )
+        if progress is not None:
+            progress("capturing queries and keys", index + 1, total)
+    return captured
+
+
+def evaluate(
+    captured: Captured,
+    base: BaseModel,
+    maps: HashMaps,
+    recipe: Recipe,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Held-out metrics of `maps` beside exact selections at the recipe's budgets; empty without held-out sequences."""
+    if not len(captured.held_out):
+        return {}
+    budgets = [Budget(heavy=share, sink=recipe.sink, local=recipe.local) for share in recipe.budgets]
+    methods: dict[str, HashMaps | None] = {"hash": maps, **dict.fromkeys(metrics.EXACT)}
+    measured = metrics.measure(captured.held_out, base, methods, budgets, device=device, progress=progress)
+    return metrics.summarise(measured, budgets, base)
+
+
+def _capturing(model: Any, base: BaseModel, tokens: Tensor, positions: Tensor, value: bool) -> Callable[[], Any]:
+    from hashattention.models.capture import capture
+
+    return lambda: capture(model, base, tokens, positions, value=value)
+
+
+def _load(
+    model: str | os.PathLike[str] | LoadedModel, device: str | torch.device | None, progress: Progress | None
+) -> LoadedModel:
+    from hashattention.models.source import LoadedModel, load_model
+
+    if isinstance(model, LoadedModel):
+        return model
+    chosen = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(model, device=chosen, progress=progress)
+
+
+def _prepare(folder: Path, recipe: Recipe, base: BaseModel, weights: str, texts: str, resume: bool) -> None:
+    """Make the work folder, refusing one of another run; `run.json` says whose it is."""
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    settings = {**shards.capture_settings(recipe, base, weights, texts), "recipe": recipe.as_dict()}
+    shards.claim(folder / "run.json", settings, f"the unfinished run in {folder}")
+
+
+def _fits(recipe: Recipe, base: BaseModel, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return shards.capture_bytes(recipe, base) < torch.cuda.mem_get_info(device)[0] * 0.5

@@ -1,0 +1,158 @@
+"""Student: the maps of some layers while they are trained, with soft codes first and hard ones later."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from hashattention.config import BaseModel, MapsConfig
+from hashattention.models.capture import Sample
+from hashattention.ops.reference import mlp
+from hashattention.train.recipe import Recipe
+from hashattention.train.shards import Samples, hash_seed
+
+#: Log of the first temperature's inverse: scores of fresh maps start about as spread as attention logits are.
+FIRST_SHARPNESS = -1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation of one input of the maps, float32 ``[L, H, in]``."""
+
+    mean: Tensor
+    std: Tensor
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """``[L, H, T, in]`` with mean 0 and deviation 1 per channel."""
+        return (x.float() - self.mean[:, :, None]) / self.std[:, :, None]
+
+    def fold(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The first stage that takes unnormalised inputs: weight / std, rounded to `dtype`, and bias - mean @ weight."""
+        folded = (weight / self.std[..., None]).to(dtype).float()
+        # With the rounded weight, so that a channel far from zero does not carry its rounding error into the logits.
+        return folded, bias - (self.mean[:, :, None] @ folded).squeeze(2)
+
+
+def query_input(query: Tensor, heads: int) -> Tensor:
+    """``[L, Hq, N, D]`` as `heads` maps take it: ``[L, Hc, N, Hq / Hc * D]``, as `ops.group_queries` does."""
+    grouped = query.unflatten(1, (heads, -1)).transpose(2, 3)
+    return grouped.flatten(3)
+
+
+def key_input(key: Tensor, heads: int) -> Tensor:
+    """``[L, Hkv, T, D]`` as `heads` maps take it: repeated to ``[L, Hs, T, D]``."""
+    return key if key.shape[1] == heads else key.repeat_interleave(heads // key.shape[1], dim=1)
+
+
+def measure_moments(
+    samples: Samples, first: int, last: int, config: MapsConfig, base: BaseModel, device: torch.device
+) -> list[Moments]:
+    """Moments of the inputs of phi_q and phi_k over all of `samples`, layers ``first <= l < last``."""
+    sums: list[list[Tensor]] = [[], []]
+    for index in range(len(samples)):
+        sample = samples.read(index, first, last).to(device)
+        inputs = query_input(sample.query, config.code_heads(base)), key_input(sample.key, config.signature_heads(base))
+        for total, x in zip(sums, inputs, strict=True):
+            wide = x.double()
+            part = torch.stack([torch.full_like(wide[:, :, 0], wide.shape[2]), wide.sum(2), wide.square().sum(2)])
+            total[:] = [part if not total else total[0] + part]
+    return [_moments(*total[0].unbind(0)) for total in sums]
+
+
+def _moments(count: Tensor, total: Tensor, squares: Tensor) -> Moments:
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0)
+    return Moments(mean.float(), variance.sqrt().clamp(min=1e-4).float())
+
+
+class Student:
+    """phi_q and phi_k of layers ``first <= l < last`` (rows of `BaseModel.layers`) as leaf tensors on `device`."""
+
+    def __init__(self, recipe: Recipe, base: BaseModel, first: int, last: int, moments: list[Moments]) -> None:
+        self.recipe, self.config, self.base = recipe, recipe.maps, base
+        self.first, self.last, self.moments = first, last, moments
+        self.selection_heads = self.config.selection_heads(base)
+        group = base.group_size if self.config.query_input == "group" else 1
+        tail = (*self.config.widths, self.config.bits)
+        shapes = {
+            "query": (self.config.code_heads(base), group * base.head_dim),
+            "key": (self.config.signature_heads(base), base.head_dim),
+        }
+        self.tensors: dict[str, Tensor] = {}
+        for name, (heads, width) in shapes.items():
+            sizes = (width, *tail)
+            for stage, (inside, outside) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+                self._draw(f"{name}.weights.{stage}", (heads, inside, outside), inside**-0.5 * (1.6 if stage else 1.0))
+                self._draw(f"{name}.biases.{stage}", (heads, outside), 0.0)
+        self._draw("sharpness", (self.selection_heads,), 0.0)
+        self.tensors["sharpness"] += FIRST_SHARPNESS
+        self.tensors = {
+            name: tensor.to(moments[0].mean.device).requires_grad_() for name, tensor in self.tensors.items()
+        }
+
+    def _draw(self, name: str, shape: tuple[int, ...], deviation: float) -> None:
+        """First values; every layer has a seed of its own, so that they do not depend on how layers are grouped."""
+        rows = []
+        for layer in range(self.first, self.last):
+            generator = torch.Generator().manual_seed(hash_seed(self.recipe.seed, name, layer))
+            rows.append(torch.randn(shape, generator=generator) * deviation)
+        self.tensors[name] = torch.stack(rows)
+
+    def stages(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of phi_q ("query") or phi_k ("key"), a stage an entry."""
+        count = len(self.config.widths) + 1
+        return tuple(
+            [self.tensors[f"{name}.{kind}.{stage}"] for stage in range(count)] for kind in ("weights", "biases")
+        )  # type: ignore[return-value]
+
+    def scores(self, sample: Sample, hard: bool) -> Tensor:
+        """Scores float32 ``[L, Hsel, n, T]`` of a sample's queries against its keys, as differentiable as `hard` allows."""
+        query, key = self.codes(sample, hard)
+        layers, signature_heads, tokens, _ = key.shape
+        weights = query.unflatten(1, (signature_heads, -1))
+        size, count = weights.shape[2:4]
+        scores = weights.flatten(2, 3) @ key.transpose(-1, -2)
+        scores = scores.view(layers, signature_heads * size, count, tokens)
+        if scores.shape[1] != self.selection_heads:
+            scores = scores.unflatten(1, (self.selection_heads, -1)).sum(2)
+        if self.recipe.loss == "bce":
+            return scores
+        return scores * self.tensors["sharpness"].exp()[:, :, None, None]
+
+    def codes(self, sample: Sample, hard: bool) -> tuple[Tensor, Tensor]:
+        """Query codes ``[L, Hc, n, bits]`` and key codes ``[L, Hs, T, bits]``; hard ones are what the kernels compute."""
+        query_moments, key_moments = self.moments
+        x = query_moments.normalise(query_input(sample.query, self.config.code_heads(self.base)))
+        y = key_moments.normalise(key_input(sample.key, self.config.signature_heads(self.base)))
+        fast = self.recipe.precision == "bfloat16" and x.is_cuda
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=fast):
+            query, key = mlp(x, *self.stages("query")), mlp(y, *self.stages("key"))
+        key = soft_sign(key.float(), hard)
+        if self.config.score == "symmetric":
+            return soft_sign(query.float(), hard), key
+        # Not squashed: an integer code is scaled by its row's largest weight, so the row's ranking is that of the logits.
+        return soft_round(query.float(), self.config.levels) if hard else query.float(), key
+
+    def folded(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of `HashMaps` (its names) for these layers, with the normalisation folded in, rounded to `dtype`."""
+        folded = {name: tensor.detach() for name, tensor in self.tensors.items() if name != "sharpness"}
+        for name, moments in zip(("query", "key"), self.moments, strict=True):
+            first = f"{name}.weights.0", f"{name}.biases.0"
+            folded[first[0]], folded[first[1]] = moments.fold(folded[first[0]], folded[first[1]], dtype)
+        return {name: tensor.to(dtype).float().cpu() for name, tensor in folded.items()}
+
+
+def soft_sign(logits: Tensor, hard: bool) -> Tensor:
+    """tanh, or +-1 (bit = logit > 0) with the gradient of tanh."""
+    soft = torch.tanh(logits)
+    if not hard:
+        return soft
+    return soft + (torch.where(logits > 0, 1.0, -1.0) - soft).detach()
+
+
+def soft_round(logits: Tensor, levels: int) -> Tensor:
+    """Logits rounded to the integer code times its scale (`ops.encode_query`), with the gradient of the identity."""
+    scale = logits.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / levels
+    return logits + (torch.round(logits / scale) * scale - logits).detach()
