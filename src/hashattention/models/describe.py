@@ -49,9 +49,8 @@ def canonical_rope(parameters: dict[str, Any]) -> str:
 
 def public_name(name_or_path: str) -> str:
     """A hub id as it is, a local folder by its last part: an artifact must not carry somebody's paths."""
-    return (
-        name_or_path if name_or_path.count("/") == 1 and not name_or_path.startswith("/") else Path(name_or_path).name
-    )
+    hub_id = name_or_path.count("/") == 1 and not name_or_path.startswith("/")
+    return name_or_path if hub_id else Path(name_or_path).name
 
 
 def describe(model: Any) -> BaseModel:
