@@ -1,4 +1,4 @@
-"""Where a number or an artifact came from: version, commit, command, libraries, device and time; never a host or a home folder."""
+"""Where a number or an artifact came from: version, commit, command, libraries, device, time; no host or home folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import hashattention
 
 #: Libraries whose version can change a result.
 LIBRARIES = ("torch", "transformers", "safetensors", "triton", "vllm")
@@ -28,8 +30,8 @@ def origin(device: Any = "cpu", command: str | None = None) -> dict[str, Any]:
     Returns
     -------
     dict
-        `version`, `commit` (None outside a checkout; ends in "+" with uncommitted changes), `command`, `python`, `libraries`,
-        `device` and `time` (UTC, ISO 8601, seconds).
+        `version`, `commit` (None outside a checkout; ends in "+" with uncommitted changes), `command`, `python`,
+        `libraries`, `device` and `time` (UTC, ISO 8601, seconds).
 
     Examples
     --------
@@ -37,7 +39,7 @@ def origin(device: Any = "cpu", command: str | None = None) -> dict[str, Any]:
     ['command', 'commit', 'device', 'libraries', 'python', 'time', 'version']
     """
     return {
-        "version": _version("hashattention"),
+        "version": hashattention.__version__,
         "commit": commit(),
         "command": command_line(sys.argv) if command is None else command,
         "python": platform.python_version(),
@@ -53,7 +55,7 @@ def command_line(arguments: list[str]) -> str:
 
 
 def commit(folder: Path | None = None) -> str | None:
-    """The git commit of the checkout the package runs from, with "+" if tracked files differ; None outside a checkout."""
+    """The git commit of the package's own checkout, with "+" if tracked files differ; None outside a checkout."""
     home = folder or Path(__file__).resolve().parent
     head = _git(home, "rev-parse", "--short=12", "HEAD")
     # An installed package may lie inside somebody else's checkout: its files are not tracked there.

@@ -41,8 +41,8 @@ class Sample:
     def to(self, device: torch.device | str) -> Sample:
         """On another device."""
         value = None if self.value is None else self.value.to(device)
-        moved = (tensor.to(device) for tensor in (self.key, self.query, self.positions, self.scale))
-        return Sample(*moved, value)
+        key, query, positions, scale = (t.to(device) for t in (self.key, self.query, self.positions, self.scale))
+        return Sample(key, query, positions, scale, value)
 
     def pick(self, index: Tensor) -> Sample:
         """Only the queries `index` int64 ``[n]``."""
