@@ -76,8 +76,8 @@ def attend(
 @torch.library.custom_op(
     "hashattention::attend",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, float scale, float softcap, Tensor? block_table,"
-    " str backend) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, float scale, float softcap,"
+    " Tensor? block_table, str backend) -> (Tensor, Tensor)",
 )
 def _attend(q, k, v, indices, counts, scale, softcap, block_table, backend):  # type: ignore[no-untyped-def]
     run = dispatch.find("attend", q, backend, k=k, v=v, indices=indices, block_table=block_table)

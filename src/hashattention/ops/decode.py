@@ -15,7 +15,9 @@ from hashattention.ops.select import score_select
 
 
 def group_queries(q: Tensor, heads: int) -> Tensor:
-    """Queries ``[B, Hq, T, D]`` as a map with `heads` heads takes them: concatenated over the Hq / heads queries of each."""
+    """Queries ``[B, Hq, T, D]`` as a map with `heads` heads takes them: concatenated over the Hq / heads queries of
+    each.
+    """
     shapes.expect({}, "q", q, "B Hq T D")
     batch, query_heads, tokens, dim = q.shape
     shapes.expect_multiple(query_heads, heads, "query heads over map heads")
@@ -88,9 +90,9 @@ def decode(
 @torch.library.custom_op(
     "hashattention::decode",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor signatures, Tensor[] weights, Tensor[] biases, Tensor start, Tensor end,"
-    " Tensor budgets, int capacity, int levels, float scale, float softcap, Tensor? mask, Tensor? block_table, str backend)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor signatures, Tensor[] weights, Tensor[] biases, Tensor start,"
+    " Tensor end, Tensor budgets, int capacity, int levels, float scale, float softcap, Tensor? mask,"
+    " Tensor? block_table, str backend) -> (Tensor, Tensor)",
 )
 def _decode(  # type: ignore[no-untyped-def]
     q,

@@ -1,8 +1,9 @@
 """Which backend runs an op, and why.
 
 A backend is a module with one function per op it has (same name and arguments as in `reference`) and a function
-``refuse(op, tensor, arguments) -> str | None`` that gives the reason it cannot run a call. ``"auto"`` takes the first of `MODULES` without a
-reason and logs the choice once; a backend asked for by name that cannot run raises with every reason.
+``refuse(op, tensor, arguments) -> str | None`` that gives the reason it cannot run a call. ``"auto"`` takes the first
+of `MODULES` without a reason and logs the choice once; a backend asked for by name that cannot run raises with every
+reason.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ CUDA_ONLY = frozenset({"triton"})
 
 
 def refusal(backend: str, op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
-    """Why `backend` cannot run `op` on tensors like `tensor` (device, dtype) with these other arguments, or None if it can."""
+    """Why `backend` cannot run `op` on tensors like `tensor` (device, dtype) with these other arguments, or None if it
+    can.
+    """
     if backend == "reference":
         return None
     if backend in CUDA_ONLY and tensor.device.type != "cuda" and not arguments.get("named"):

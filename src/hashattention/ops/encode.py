@@ -11,8 +11,11 @@ from hashattention.errors import InputError
 from hashattention.ops import dispatch, shapes
 
 
-def encode_signature(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
-    """Packed sign bits of an MLP per head: phi_k, or phi_q of a symmetric map (HashAttention, arXiv 2412.14468, section 4).
+def encode_signature(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, backend: str = "auto"
+) -> Tensor:
+    """Packed sign bits of an MLP per head: phi_k, or phi_q of a symmetric map (HashAttention, arXiv 2412.14468,
+    section 4).
 
     Parameters
     ----------
@@ -76,7 +79,9 @@ def encode_query(
 
 def _check_map(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     if not weights or len(weights) != len(biases):
-        raise InputError(f"a map needs as many weights as biases, at least one; given {len(weights)} and {len(biases)}.")
+        raise InputError(
+            f"a map needs as many weights as biases, at least one; given {len(weights)} and {len(biases)}."
+        )
     sizes: dict[str, int] = {}
     shapes.expect(sizes, "x", x, "B H T in")
     for stage, (weight, bias) in enumerate(zip(weights, biases, strict=True)):

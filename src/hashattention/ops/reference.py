@@ -1,7 +1,8 @@
 """The specification: every op in plain float32 torch. Imports only torch; the one judge of every kernel.
 
-Shapes: B requests, Hq query heads, Hkv KV heads, Hs signature heads, Hc code heads, Hsel selection heads, T cached tokens,
-D head dimension, W int32 words a signature, K index slots a row, P pages of N tokens. A paged tensor holds ``[P, H, N, ...]``
+Shapes: B requests, Hq query heads, Hkv KV heads, Hs signature heads, Hc code heads, Hsel selection heads, T cached
+tokens, D head dimension, W int32 words a signature, K index slots a row, P pages of N tokens. A paged tensor holds
+``[P, H, N, ...]``
 in place of ``[B, H, T, ...]`` and comes with a block table int32 ``[B, M]``: token t of request b is row ``t % N`` of
 page ``block_table[b, t // N]``.
 """
@@ -17,7 +18,7 @@ SCORE_CHUNK = 16384
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """bool ``[..., 32 W]`` -> int32 ``[..., W]``: bit j of word w is entry 32 w + j."""
+    """Booleans ``[..., 32 W]`` -> int32 ``[..., W]``: bit j of word w is entry 32 w + j."""
     words = bits.unflatten(-1, (-1, 32)).to(torch.int64)
     weights = torch.ones(32, dtype=torch.int64, device=bits.device) << torch.arange(32, device=bits.device)
     packed = (words * weights).sum(-1)
@@ -31,7 +32,9 @@ def unpack_bits(words: Tensor) -> Tensor:
 
 
 def mlp(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """``[B, H, T, in]`` through one MLP a head (weights ``[H, in, out]``, biases ``[H, out]``, SiLU between) -> float32 logits."""
+    """``[B, H, T, in]`` through one MLP a head (weights ``[H, in, out]``, biases ``[H, out]``, SiLU between) ->
+    float32 logits.
+    """
     hidden = x.float()
     for stage, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if stage:
@@ -46,7 +49,9 @@ def encode_signature(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> 
 
 
 def encode_query(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels: int) -> tuple[Tensor, Tensor]:
-    """Integer query codes int8 ``[B, H, T, bits]`` in -levels..levels, and their scale float32 ``[B, H, T]``: logit ~ code * scale."""
+    """Integer query codes int8 ``[B, H, T, bits]`` in -levels..levels, and their scale float32 ``[B, H, T]``: logit ~
+    code * scale.
+    """
     logits = mlp(x, weights, biases)
     scale = logits.abs().amax(-1) / levels
     code = torch.round(logits / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1))
@@ -56,8 +61,8 @@ def encode_query(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels:
 def score(code: Tensor, signatures: Tensor, selection_heads: int, block_table: Tensor | None = None) -> Tensor:
     """int32 scores ``[B, Hsel, T]``: code . (+-1 key bits), summed over the code heads of one selection head.
 
-    An int32 code is a packed bit code (symmetric: the same dot product equals bits - 2 popcount(xor)); an int8 code holds the
-    integer weights themselves (asymmetric).
+    An int32 code is a packed bit code (symmetric: the same dot product equals bits - 2 popcount(xor)); an int8 code
+    holds the integer weights themselves (asymmetric).
     """
     if block_table is not None:
         signatures = signatures[block_table.long()].transpose(1, 2).flatten(2, 3)
@@ -77,7 +82,8 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """Indices int32 ``[B, Hsel, capacity]``, ascending, packed left, -1 where none, and counts int32 ``[B, Hsel]``.
 
-    Row b may attend to tokens start[b] <= t < end[b] where mask[b, t]. budgets int32 ``[B, Hsel, 3]`` holds sink, local and heavy:
+    Row b may attend to tokens start[b] <= t < end[b] where mask[b, t]. budgets int32 ``[B, Hsel, 3]`` holds sink,
+    local and heavy:
     the first `sink` and last `local` of these tokens are taken, then the `heavy` best of the rest by (score, position),
     both descending. Where the three exceed `capacity`, local comes first, then sink, then heavy.
     """
@@ -127,7 +133,8 @@ def attend(
     softcap: float = 0.0,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q ``[B, Hq, 1, D]`` over the selected rows: out ``[B, Hq, 1, Dv]`` and logsumexp float32 ``[B, Hq, 1]``.
+    """Attention of q ``[B, Hq, 1, D]`` over the selected rows: out ``[B, Hq, 1, Dv]`` and logsumexp float32
+    ``[B, Hq, 1]``.
 
     A row with count 0 gives out 0 and logsumexp -inf.
     """
@@ -159,6 +166,8 @@ def score_select(
     block_table: Tensor | None = None,
     levels: int = 127,
 ) -> tuple[Tensor, Tensor]:
-    """`select` of `score`: indices int32 ``[B, Hsel, capacity]`` and counts int32 ``[B, Hsel]`` (`levels` only helps kernels)."""
+    """`select` of `score`: indices int32 ``[B, Hsel, capacity]`` and counts int32 ``[B, Hsel]`` (`levels` only helps
+    kernels).
+    """
     scores = score(code, signatures, budgets.shape[1], block_table)
     return select(scores, start, end, budgets, capacity, mask)

@@ -19,15 +19,18 @@ def score(
 ) -> Tensor:
     """Integer score of every cached token for one query a row.
 
-    A packed bit code gives ``bits - 2 * popcount(code xor signature)`` (HashAttention, arXiv 2412.14468); an integer code gives
-    ``sum_j code_j * (+1 or -1)``, the sign being bit j of the signature. Scores of the code heads that share a selection head are summed.
+    A packed bit code gives ``bits - 2 * popcount(code xor signature)`` (HashAttention, arXiv 2412.14468); an integer
+    code gives
+    ``sum_j code_j * (+1 or -1)``, the sign being bit j of the signature. Scores of the code heads that share a
+    selection head are summed.
 
     Parameters
     ----------
     code : Tensor, int32 ``[B, Hc, 1, W]`` (symmetric) or int8 ``[B, Hc, 1, 32 W]`` (asymmetric)
     signatures : Tensor, int32 ``[B, Hs, T, W]``, or pages ``[P, Hs, N, W]`` with a block table
     selection_heads : int
-        Hsel: Hc must be a multiple of it. Code head c reads signature head ``c * Hs // Hc`` and adds to selection head ``c * Hsel // Hc``.
+        Hsel: Hc must be a multiple of it. Code head c reads signature head ``c * Hs // Hc`` and adds to selection head
+        ``c * Hsel // Hc``.
     block_table : Tensor, int32 ``[B, M]``, optional
     backend : str
         ``"auto"`` or a backend's name.
@@ -58,7 +61,9 @@ def check_codes(code: Tensor, signatures: Tensor, selection_heads: int, block_ta
     paged = block_table is not None
     shapes.expect(sizes, "signatures", signatures, "P Hs N W" if paged else "B Hs T W", torch.int32)
     sizes["32W"] = 32 * sizes["W"]
-    shapes.expect(sizes, "code", code, "B Hc 1 32W" if code.dtype == torch.int8 else "B Hc 1 W", torch.int8, torch.int32)
+    shapes.expect(
+        sizes, "code", code, "B Hc 1 32W" if code.dtype == torch.int8 else "B Hc 1 W", torch.int8, torch.int32
+    )
     if block_table is not None:
         shapes.expect(sizes, "block_table", block_table, "B M", torch.int32)
     if not 1 <= sizes["W"] <= 8:

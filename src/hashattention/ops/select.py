@@ -1,4 +1,6 @@
-"""select: sink, local and the heavy tokens of every row; score_select: the same from codes, without keeping the scores."""
+"""select: sink, local and the heavy tokens of every row; score_select: the same from codes, without keeping the
+scores.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """The exact index set of every row, the same bit for bit on every backend.
 
-    Row b may attend to tokens ``start[b] <= t < end[b]`` (where ``mask[b, t]``). Taken are the first `sink` and the last `local` of these
-    and, of the rest, the `heavy` with the highest score, ties going to the more recent token. Fewer candidates than asked: all.
+    Row b may attend to tokens ``start[b] <= t < end[b]`` (where ``mask[b, t]``). Taken are the first `sink` and the
+    last `local` of these
+    and, of the rest, the `heavy` with the highest score, ties going to the more recent token. Fewer candidates than
+    asked: all.
 
     Parameters
     ----------
@@ -33,7 +37,8 @@ def select(
     budgets : Tensor, int32 ``[B, Hsel, 3]``
         sink, local and heavy counts of each row, read on the device.
     capacity : int
-        Index slots a row, fixed by the caller and not by data; where the counts exceed it local comes first, then sink, then heavy.
+        Index slots a row, fixed by the caller and not by data; where the counts exceed it local comes first, then
+        sink, then heavy.
     mask : Tensor, bool ``[B, T]``, optional
         Holes inside start..end (a reused ragged prefix).
     backend : str
