@@ -79,14 +79,14 @@ class Recipe:
     sampling: Literal["stratified", "chunk_tail"] = "stratified"
     first_position: float = 0.125
     loss: Loss = "distill"
-    pool: Pool = "peak_sum"
+    pool: Pool = "peak_max"
     top: int = 64
     top_mix: float = 0.5
-    straight_through: float = 0.5
+    straight_through: float = 0.25
     steps: int = 1500
     step_sequences: int = 1
     step_queries: int = 256
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.0
     warmup: int = 50
     schedule: Literal["cosine", "constant"] = "cosine"
