@@ -1,0 +1,92 @@
+"""``hashattention demo``: three facts in a novel, dense and hashed, as a table and a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hashattention.cli.output import check_folder, console, emit, grid, progress, write
+from hashattention.errors import InputError
+
+if TYPE_CHECKING:
+    from hashattention.evaluation.demo import DemoResult
+
+NAME = "smollm2-135m-instruct"
+#: A file that holds these lines gets the table between them.
+BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
+
+
+def demo(
+    model: Annotated[str, typer.Option(help="A model folder, hub id, .gguf file or packaged name.")] = NAME,
+    maps: Annotated[str, typer.Option(help="A maps folder, shipped name or hub id.")] = NAME,
+    density: Annotated[list[float] | None, typer.Option(help="Attended tokens over all; may be repeated.")] = None,
+    tokens: Annotated[int, typer.Option(help="Context in tokens.")] = 4096,
+    report: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write the table there, or between the demo markers of that file.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the fast one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Ask a small model for three facts hidden in a novel: dense, and attending to few tokens."""
+    for path in (report, markdown):
+        if path is not None:
+            check_folder(path)
+    document = "" if markdown is None else _document(markdown)
+    result = _run(model, maps, density, tokens, device, dtype)
+    from hashattention.report import page, table
+
+    write(report, page.render(result))
+    if markdown is not None:
+        write(markdown, _replace(document, table.markdown(result)))
+    _show(result, report)
+    if as_json:
+        emit(result.as_dict() | {"report": str(report)})
+
+
+def _run(
+    model: str, maps: str, density: list[float] | None, tokens: int, device: str | None, dtype: str | None
+) -> DemoResult:
+    from hashattention import HashMaps, load_model
+    from hashattention.cli.output import parse_device, parse_dtype
+    from hashattention.evaluation.demo import DemoConfig, run
+    from hashattention.report.page import check_dependencies
+
+    check_dependencies()
+    config = DemoConfig(tuple(density), tokens) if density else DemoConfig(tokens=tokens)
+    where = parse_device(device)
+    # Few processors multiply bfloat16 fast; float32 is fast on all of them.
+    kind = parse_dtype(dtype or ("float32" if where == "cpu" else "bfloat16"))
+    loaded_maps = HashMaps.from_pretrained(maps)
+    with progress(console()) as report:
+        report(f"loading {model}", 0, 0)
+        loaded = load_model(model, dtype=kind, device=where, progress=report)
+        return run(loaded, loaded_maps, config, progress=report)
+
+
+def _document(path: Path) -> str:
+    """What is in `path` already; a file without the markers is not overwritten."""
+    if not path.exists():
+        return f"{BEGIN}\n{END}\n"
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        raise InputError(f"{path} exists without the lines {BEGIN!r} and {END!r}; add them, or give a new file.")
+    return text
+
+
+def _replace(document: str, table: str) -> str:
+    before, _, rest = document.partition(BEGIN)
+    return f"{before}{BEGIN}\n{table}{END}{rest.partition(END)[2]}"
+
+
+def _show(result: DemoResult, report: Path) -> None:
+    from hashattention.report import table
+
+    out = console()
+    out.print(grid(table.rows(result), table.COLUMNS, left=2))
+    out.print(table.conditions(result), style="dim")
+    out.print(table.speed_note(result), style="dim")
+    out.print(f"report: {report.absolute()}", soft_wrap=True)

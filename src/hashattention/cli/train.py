@@ -1,0 +1,71 @@
+"""``hashattention train``: text to a maps folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hashattention.cli.output import console, emit, grid, parse_device, parse_dtype, progress
+from hashattention.errors import InputError
+
+if TYPE_CHECKING:
+    from hashattention.train.recipe import Recipe
+
+#: Before the name of a data set, to tell it from a path.
+DATASET = "datasets:"
+
+
+def train(
+    model: Annotated[str, typer.Argument(help="A model folder, hub id, .gguf file or packaged name.")],
+    out: Annotated[Path, typer.Option(help="The maps folder to write.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="A file, a folder or datasets:NAME; may be repeated. Default: OpenWebText.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="group, paper, or a TOML file.")] = "group",
+    context: Annotated[int | None, typer.Option(help="Tokens of a training sequence.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    sequences: Annotated[int | None, typer.Option(help="Training sequences.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")] = None,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Train hash maps for a model; run it again to continue an interrupted training."""
+    from hashattention import load_model
+    from hashattention.report import maps as rows
+    from hashattention.train.recipe import Recipe
+    from hashattention.train.run import train as run
+
+    chosen = adjust(Recipe.named(recipe), context=context, steps=steps, sequences=sequences)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; give a folder, new or of an interrupted run.")
+    texts = None if text is None else [name.removeprefix(DATASET) for name in text]
+    where, kind = parse_device(device), parse_dtype(dtype)
+    with progress(console()) as report:
+        report(f"loading {model}", 0, 0)
+        loaded = load_model(model, dtype=kind, device=where, progress=report)
+        done = run(loaded, texts, out, chosen, resume=resume, progress=report)
+    shown = console()
+    shown.print(grid(rows.methods(done["metrics"]), rows.METHOD_COLUMNS, "held-out quality, mean over layers"))
+    shown.print(f"maps: {out}", soft_wrap=True)
+    if as_json:
+        emit(done)
+
+
+def adjust(recipe: Recipe, **given: int | None) -> Recipe:
+    """The recipe with what was given on the command line; a shorter context records no more queries than it has.
+
+    Raises
+    ------
+    ConfigError
+        For a value the recipe does not allow.
+    """
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if "context" in changes:
+        fewest = dataclasses.replace(recipe, context=changes["context"], queries=1, step_queries=1)
+        queries = min(recipe.queries, max(1, len(fewest.positions_from())))
+        changes |= {"queries": queries, "step_queries": min(recipe.step_queries, queries)}
+    return dataclasses.replace(recipe, **changes)

@@ -1,0 +1,117 @@
+"""What selected tokens cost and lose, measured at every sparse step against exact dense attention of that very step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from hashattention.selectors.base import Selection, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """One sparse step of one layer; means are over requests, and over query heads or KV heads.
+
+    Parameters
+    ----------
+    tokens : int
+        Slots of the cache at this step.
+    error : float
+        ``|out - dense| / |dense|`` of the attention output (Euclidean norm per query head), mean over query heads.
+    mass : float
+        Share of the dense attention weights that lies on the selected tokens, mean over query heads.
+    attended : float
+        Tokens per index set, mean over index sets.
+    rows : float
+        K (and V) rows read per KV head, each once however many heads of the group want it, mean over KV heads.
+    """
+
+    tokens: int
+    error: float
+    mass: float
+    attended: float
+    rows: float
+
+
+class Recorder:
+    """An observer for `SparseAttention`: call it as ``recorder(step, selection, out)``, then read what it gathered.
+
+    Parameters
+    ----------
+    since : int
+        Steps at fewer cached tokens than this are not recorded (those of a question, say, before its answer begins).
+
+    Attributes
+    ----------
+    layers : dict of int to list of Observation
+        By layer, in the order of the steps.
+    """
+
+    def __init__(self, since: int = 0) -> None:
+        self.since = since
+        self.layers: dict[int, list[Observation]] = defaultdict(list)
+        self._votes = torch.zeros(0)
+        self._sets = 0
+
+    def __call__(self, step: Step, selection: Selection, out: Tensor) -> None:
+        """Record one sparse step."""
+        if step.extent.tokens < self.since:
+            return
+        kept = selected_tokens(selection, step.extent.tokens)
+        weights = dense_weights(step)
+        per_head = kept.repeat_interleave(weights.shape[1] // kept.shape[1], dim=1)
+        value = step.value[:, :, : step.extent.tokens].float()
+        dense = (weights.unflatten(1, (value.shape[1], -1)) @ value).flatten(1, 2)
+        error = (out[:, :, 0].float() - dense).norm(dim=-1) / dense.norm(dim=-1)
+        read = kept.unflatten(1, (value.shape[1], -1)).any(2)
+        observation = Observation(
+            tokens=step.extent.tokens,
+            error=error.mean().item(),
+            mass=(weights * per_head).sum(-1).mean().item(),
+            attended=selection.counts.float().mean().item(),
+            rows=read.sum(-1).float().mean().item(),
+        )
+        self.layers[step.layer].append(observation)
+        self._vote(kept.flatten(0, 1).float().cpu())
+
+    def _vote(self, kept: Tensor) -> None:
+        if self._votes.numel() < kept.shape[1]:
+            self._votes = torch.cat([self._votes, torch.zeros(kept.shape[1] - self._votes.numel())])
+        self._votes[: kept.shape[1]] += kept.sum(0)
+        self._sets += kept.shape[0]
+
+    def shares(self) -> Tensor:
+        """Share of all index sets (every layer, head and recorded step) that hold each token, float32 ``[T]``."""
+        return self._votes / max(1, self._sets)
+
+    def mean(self, field: str) -> dict[int, float]:
+        """The mean of one field of `Observation` by layer."""
+        return {
+            layer: sum(getattr(observation, field) for observation in found) / len(found)
+            for layer, found in sorted(self.layers.items())
+        }
+
+
+def selected_tokens(selection: Selection, tokens: int) -> Tensor:
+    """Which tokens each index set holds, bool ``[B, Hsel, tokens]``."""
+    held = selection.counts[..., None] > torch.arange(selection.indices.shape[-1], device=selection.indices.device)
+    # Slots that are not used all point at one spare place.
+    places = torch.where(held, selection.indices, tokens).long()
+    kept = torch.zeros((*places.shape[:2], tokens + 1), dtype=torch.bool, device=places.device)
+    return kept.scatter_(2, places, True)[..., :tokens]
+
+
+def dense_weights(step: Step) -> Tensor:
+    """Exact attention weights of this step over all valid tokens, float32 ``[B, Hq, T]`` (without a softcap)."""
+    extent = step.extent
+    key = step.key[:, :, : extent.tokens].float()
+    grouped = step.query[:, :, 0].float().unflatten(1, (key.shape[1], -1))
+    logits = (grouped @ key.transpose(-1, -2) * step.scale).flatten(1, 2)
+    position = torch.arange(extent.tokens, device=key.device)
+    outside = (position < extent.start[:, None]) | (position >= extent.end[:, None])
+    if extent.mask is not None:
+        outside = outside | ~extent.mask
+    return logits.masked_fill(outside[:, None], -torch.inf).softmax(-1)

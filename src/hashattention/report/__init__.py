@@ -1,0 +1,1 @@
+"""Results for people: tables (`table`), plots (`plots`) and pages (`page`)."""
