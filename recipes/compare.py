@@ -3,8 +3,8 @@
 
     python recipes/compare.py smollm2-135m-instruct --texts texts/train --held-out texts/heldout --out runs/compare
 
-Writes one JSON row a variant to `OUT/rows.jsonl` (held-out output error per heavy budget, beside exact selections) and the
-best maps to `OUT/best`. The turns: pooling, shape at equal size, learning rate, share of the uniform target, hard steps.
+Writes one JSON row a variant to `OUT/rows.jsonl` (held-out output error per heavy budget, beside exact selections) and
+the best maps to `OUT/best`. The turns: pooling, shape, learning rate, share of the uniform target, hard steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a number or an artifact came from: version, commit, command, libraries, device, time; no host or home folder."""
+"""Where a number or an artifact came from: version, commit, command, libraries, device, time; no host, no home."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Capture: the post-RoPE queries and keys (and values) that a frozen transformers model produces while it reads a text."""
+"""Capture: the post-RoPE queries and keys (and values) that a frozen transformers model makes of a text."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CHUNK = 4096
 class Sample:
     """What one sequence leaves behind, for L layers (in the order of `BaseModel.layers`).
 
-    `key` ``[L, Hkv, T, D]``, `query` ``[L, Hq, N, D]`` at `positions` int32 ``[N]``, `scale` float32 ``[L]`` (multiplies the logits), and
-    `value` ``[L, Hkv, T, Dv]`` where it was asked for.
+    `key` ``[L, Hkv, T, D]``, `query` ``[L, Hq, N, D]`` at `positions` int32 ``[N]``, `scale` float32 ``[L]``
+    (multiplies the logits), and `value` ``[L, Hkv, T, Dv]`` where it was asked for.
     """
 
     key: Tensor
@@ -60,7 +60,7 @@ class Recorder:
         self.start = 0
 
     def record(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        """Keep what one layer computed for the tokens from `start` on (batch 1; key and value may hold earlier ones too)."""
+        """Keep what one layer computed for the tokens from `start` on (batch 1; key and value may hold more)."""
         row = self.rows.get(layer)
         if row is None:
             return
@@ -131,7 +131,7 @@ def capture(
 
 @contextlib.contextmanager
 def recording(model: Any, recorder: Recorder) -> Iterator[None]:
-    """Within this context every attention call of `model` is recorded and then done by the model's own implementation."""
+    """Within this context every attention call of `model` is recorded, then done by the model's own implementation."""
     own = model.config._attn_implementation
     _register(own)
     token = _RECORDER.set((recorder, own))

@@ -1,8 +1,9 @@
-"""Fit: the training loop, all layers and heads of a group of layers in one batched computation, resumable at any step."""
+"""Fit: the training loop; all heads of a group of layers are one batched computation, resumable at any step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ def fit(
 
 
 def layer_bytes(recipe: Recipe, base: BaseModel) -> int:
-    """Roughly what one step needs per layer, in bytes: the teacher's and student's score matrices and the maps' activations."""
+    """Roughly what one step needs per layer, in bytes: score matrices of teacher and student, and activations."""
     pairs = 4 * recipe.step_queries * recipe.context
     activations = 4 * recipe.context * (sum(recipe.maps.widths) + recipe.maps.bits + 2 * base.head_dim)
     teacher, student = (
@@ -97,7 +98,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def draw(recipe: Recipe, step: int, sequences: int, held: int) -> list[tuple[int, Tensor]]:
-    """What step `step` sees: (sequence, indices into its `held` queries). A function of the recipe and the step alone."""
+    """What a step sees: (sequence, indices into its `held` queries); it depends on recipe and step alone."""
     drawn = []
     for turn in range(step * recipe.step_sequences, (step + 1) * recipe.step_sequences):
         epoch, place = divmod(turn, sequences)
@@ -120,7 +121,9 @@ def _default_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE) if device.type == "cuda" else CPU_BYTES
 
 
-def _run(student: Student, samples: Samples, recipe: Recipe, path: Path, device: torch.device, report) -> None:  # type: ignore[no-untyped-def]
+def _run(
+    student: Student, samples: Samples, recipe: Recipe, path: Path, device: torch.device, report: Callable[[int], None]
+) -> None:
     optimiser = _optimiser(student, recipe)
     done = _load(path, student, optimiser)
     report(done)
@@ -149,7 +152,7 @@ def _backward(
         teacher = labels.teach(sample.query, sample.key, sample.positions, sample.scale, **options)  # type: ignore[arg-type]
     loss = loss_per_head(student.scores(sample, hard), teacher, recipe)
     # Heads are independent: summed, each has the gradient it would have alone.
-    (loss.sum() / recipe.step_sequences).backward()  # type: ignore[no-untyped-call]
+    (loss.sum() / recipe.step_sequences).backward()
 
 
 def _optimiser(student: Student, recipe: Recipe) -> torch.optim.Optimizer:
@@ -178,7 +181,7 @@ def _save(path: Path, student: Student, optimiser: torch.optim.Optimizer, step: 
 
 
 def _load(path: Path, student: Student, optimiser: torch.optim.Optimizer) -> int:
-    """Continue from a checkpoint: the steps it has seen; 0 if there is none, or one that cannot be read (nothing is lost but time)."""
+    """Continue from a checkpoint: the steps it has seen; 0 if there is none, or one that cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

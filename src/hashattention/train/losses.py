@@ -25,7 +25,10 @@ def distill(scores: Tensor, teacher: Teacher, top: int, top_mix: float) -> Tenso
 
 
 def bce(scores: Tensor, teacher: Teacher, top: int, label_weight: float) -> Tensor:
-    """Binary cross-entropy of ``sigmoid(scores)`` against the top labels, weighted (HashAttention, arXiv 2412.14468): ``[..., Hsel]``."""
+    """Weighted binary cross-entropy of ``sigmoid(scores)`` against the top labels, per head: ``[..., Hsel]``.
+
+    HashAttention, arXiv 2412.14468, section 4; `label_weight` is its ``alpha + beta * context``.
+    """
     with torch.no_grad():
         target = labels.top_labels(teacher, top).to(scores.dtype)
     weight = scores.new_tensor(label_weight)

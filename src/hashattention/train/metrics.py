@@ -1,6 +1,6 @@
 """Metrics on held-out sequences: recall, kept attention mass and output error of a selection, beside exact selections.
 
-The same selections that `HashSelector` and `ops.attend` give one query at a time, computed for all queries of a sequence at once.
+What `HashSelector` and `ops.attend` give one query at a time, computed for all queries of a sequence at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIELDS = ("error", "kept_mass", "recall")
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """Dense attention of one layer and sequence: logits ``[Hq, N, T]``, weights, output ``[Hq, N, Dv]``, top candidates."""
+    """Dense attention of one layer and sequence: logits by group, weights ``[Hq, N, T]``, output, labels."""
 
     grouped: Tensor
     weights: Tensor
@@ -53,7 +53,7 @@ class Exact:
         return cls(grouped, weights, value, weights @ value, heavy, top, sample.positions)
 
     def quality(self, chosen: Tensor) -> Tensor:
-        """error, kept mass and recall (float64 ``[3]``, means over heads and queries) of the tokens `chosen` bool ``[Hsel, N, T]``."""
+        """Error, kept mass and recall (float64 ``[3]``, means) of the tokens `chosen`, bool ``[Hsel, N, T]``."""
         chosen = chosen.repeat_interleave(self.weights.shape[0] // chosen.shape[0], dim=0)
         kept = self.weights * chosen
         mass = kept.sum(-1)
@@ -65,7 +65,7 @@ class Exact:
 
 
 def hash_scores(layer: LayerMaps, sample: Sample, selection_heads: int) -> Tensor:
-    """Integer scores (as float32, exact) ``[Hsel, N, T]`` of one layer's queries; `ops.score` for all queries at once."""
+    """Integer scores (as float32, exact) ``[Hsel, N, T]`` of one layer: `ops.score` for all queries at once."""
     code = layer.code_queries(sample.query, backend="reference")[0]
     signatures = layer.sign_keys(sample.key, backend="reference")[0]
     weights = unpack_bits(code).float() * 2 - 1 if code.dtype == torch.int32 else code.float()
@@ -78,7 +78,7 @@ def hash_scores(layer: LayerMaps, sample: Sample, selection_heads: int) -> Tenso
 
 
 def choose(scores: Tensor, positions: Tensor, budgets: Sequence[Budget]) -> list[Tensor]:
-    """Per budget bool ``[Hsel, N, T]``, what `ops.select` takes for queries at `positions`: one sort serves all budgets.
+    """What `ops.select` takes for queries at `positions`, bool ``[Hsel, N, T]`` a budget: one sort serves all budgets.
 
     The budgets must agree in sink and local.
     """

@@ -42,14 +42,14 @@ class Recipe:
     queries, held_out_queries : int
         Query positions recorded per sequence.
     sampling : {"stratified", "chunk_tail"}
-        Where queries are taken: one from each of `queries` equal stretches after ``first_position * context``, or the last
-        quarter of every 1024 tokens (the paper's).
+        Where queries are taken: one from each of `queries` equal stretches after ``first_position * context``, or the
+        last quarter of every 1024 tokens (the paper's).
     loss : {"distill", "bce"}
         Cross-entropy to the pooled attention of the heavy candidates, or the paper's weighted binary cross-entropy.
     pool : {"mean", "peak_sum", "peak_max"}
         How the attention of a GQA group becomes one target (see `labels.pool_logits`).
     top, top_mix : int, float
-        Labels are the `top` heaviest candidates; distillation mixes a uniform target over them in with weight `top_mix`.
+        Labels are the `top` heaviest candidates; distillation gives a uniform target over them the weight `top_mix`.
     straight_through : float
         Share of the steps after which codes are hard (signs and integers) in the forward pass; 1 is never.
     steps, step_sequences, step_queries : int
@@ -70,7 +70,7 @@ class Recipe:
         Fixes the split, the positions, the initial weights and every step's draw.
     """
 
-    maps: MapsConfig = MapsConfig()
+    maps: MapsConfig = dataclasses.field(default_factory=MapsConfig)
     context: int = 8192
     sequences: int = 48
     held_out: int = 4
@@ -124,7 +124,7 @@ class Recipe:
 
     @classmethod
     def paper(cls) -> Recipe:
-        """HashAttention (arXiv 2412.14468): 32 bits per query head, weighted BCE on the top 64, Adam 1e-3, paper's chunks."""
+        """HashAttention as published (arXiv 2412.14468): 32 bits per query head, weighted BCE, Adam 1e-3."""
         return cls(
             maps=MapsConfig.paper(),
             context=32768,

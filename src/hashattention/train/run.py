@@ -25,8 +25,9 @@ from hashattention.train.text import Sequences, Texts, sequences
 if TYPE_CHECKING:
     from hashattention.models.source import LoadedModel
 
-#: Inside the output folder until training is done: shards and checkpoints.
+#: Inside the output folder until training is done: checkpoints, and shards one folder down.
 WORK = "work"
+SHARDS = "shards"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,8 @@ def train(
     texts : path, `datasets` name or a list; None streams OpenWebText
         What the model reads; see `text.sequences`.
     out : path
-        The maps folder to write. While training, `out`/work holds shards and checkpoints: the same call continues an interrupted one,
-        to the same weights.
+        The maps folder to write. While training, `out`/work holds shards and checkpoints: the same call continues an
+        interrupted one, to the same weights.
     recipe : Recipe, optional
         `Recipe.group()` by default.
     held_out_texts : likewise, optional
@@ -86,7 +87,7 @@ def train(
     Returns
     -------
     dict
-        `out`, `recipe`, `metrics` (per budget and layer, see `metrics.summarise`), `origin`: what is stored with the artifact, too.
+        `out`, `recipe`, `metrics` (per budget and layer, see `metrics.summarise`), `text`, `origin`.
 
     Raises
     ------
@@ -111,8 +112,8 @@ def train(
     settings = shards.capture_settings(recipe, base, weights, text.fingerprint)
     memory = _fits(recipe, base, where) if in_memory is None else in_memory
     if not memory:
-        shards.check_disk(folder, shards.capture_bytes(recipe, base), disk_bytes)
-    captured = capture_all(loaded.model, base, text, recipe, None if memory else folder, settings, progress)
+        shards.check_disk(folder / SHARDS, shards.capture_bytes(recipe, base), disk_bytes)
+    captured = capture_all(loaded.model, base, text, recipe, None if memory else folder / SHARDS, settings, progress)
     maps = fit(captured.train, base, recipe, folder, device=where, memory_bytes=memory_bytes, progress=progress)
     report: dict[str, Any] = {
         "recipe": recipe.as_dict(),
@@ -136,14 +137,16 @@ def capture_all(
     settings: dict[str, Any],
     progress: Progress | None,
 ) -> Captured:
-    """Samples of all sequences: in `folder` (what is whole there is not captured again), or in memory where `folder` is None."""
-    captured = Captured(*(MemoryShards() if folder is None else FolderShards(folder, settings) for _ in range(2)))
+    """Samples of all sequences: in `folder` (what is whole there is not captured again), or in memory if it is None."""
+    if folder is None:
+        captured = Captured(MemoryShards(), MemoryShards())
+    else:
+        captured = Captured(*(FolderShards(folder / side, settings) for side in ("train", "held-out")))
     total = len(text.train) + len(text.held_out)
     for index, tokens in enumerate([*text.held_out, *text.train]):
         held_out = index < len(text.held_out)
         number = index if held_out else index - len(text.held_out)
         target = captured.held_out if held_out else captured.train
-        name = f"{'held-out' if held_out else 'train'}-{number:05d}"
         target.obtain(
             name, _capturing(model, base, tokens, shards.draw_positions(recipe, number, held_out=held_out), held_out)
         )
@@ -183,7 +186,9 @@ def _load(
     if isinstance(model, LoadedModel):
         return model
     chosen = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(model, device=chosen, progress=progress)
+    # Many processors multiply bfloat16 twenty times slower than float32.
+    dtype = torch.float32 if torch.device(chosen).type == "cpu" else None
+    return load_model(model, device=chosen, dtype=dtype, progress=progress)
 
 
 def _prepare(folder: Path, recipe: Recipe, base: BaseModel, weights: str, texts: str, resume: bool) -> None:

@@ -51,7 +51,7 @@ class MemoryShards:
 
 
 class FolderShards:
-    """One safetensors file a sequence, written whole or not at all; `manifest.json` holds their checksums and the settings.
+    """One safetensors file a sequence, written whole or not at all; `manifest.json` holds checksums and settings.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ class FolderShards:
 
 
 def claim(path: Path, settings: Mapping[str, Any], what: str) -> None:
-    """Write `settings` to the JSON file `path`, or raise `CheckpointError` if it holds others (a damaged file is replaced)."""
+    """Write `settings` to the JSON file `path`; raise `CheckpointError` if it holds others (damaged: replaced)."""
     asked = json.loads(json.dumps(settings))
     if path.is_file():
         try:
@@ -199,9 +199,9 @@ def capture_bytes(recipe: Recipe, base: BaseModel) -> int:
 
 
 def check_disk(folder: Path, needed: int, allowed: int | None) -> None:
-    """Raise `CheckpointError` unless `needed` bytes are allowed and free (what the folder's shards hold already counts as free)."""
+    """Raise `CheckpointError` unless `needed` bytes are allowed and free (shards already there count)."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    held = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     free = shutil.disk_usage(folder).free + held
     bound = free if allowed is None else min(allowed, free)
     if needed > bound:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Moments:
         return (x.float() - self.mean[:, :, None]) / self.std[:, :, None]
 
     def fold(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The first stage that takes unnormalised inputs: weight / std, rounded to `dtype`, and bias - mean @ weight."""
+        """The first stage for inputs as they are: weight / std, rounded to `dtype`, and bias - mean @ weight."""
         folded = (weight / self.std[..., None]).to(dtype).float()
         # With the rounded weight, so that a channel far from zero does not carry its rounding error into the logits.
         return folded, bias - (self.mean[:, :, None] @ folded).squeeze(2)
@@ -83,7 +84,7 @@ class Student:
         self.tensors: dict[str, Tensor] = {}
         for name, (heads, width) in shapes.items():
             sizes = (width, *tail)
-            for stage, (inside, outside) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            for stage, (inside, outside) in enumerate(itertools.pairwise(sizes)):
                 self._draw(f"{name}.weights.{stage}", (heads, inside, outside), inside**-0.5 * (1.6 if stage else 1.0))
                 self._draw(f"{name}.biases.{stage}", (heads, outside), 0.0)
         self._draw("sharpness", (self.selection_heads,), 0.0)
@@ -108,7 +109,7 @@ class Student:
         )  # type: ignore[return-value]
 
     def scores(self, sample: Sample, hard: bool) -> Tensor:
-        """Scores float32 ``[L, Hsel, n, T]`` of a sample's queries against its keys, as differentiable as `hard` allows."""
+        """Scores float32 ``[L, Hsel, n, T]`` of a sample's queries against its keys; `hard` ones are as served."""
         query, key = self.codes(sample, hard)
         layers, signature_heads, tokens, _ = key.shape
         weights = query.unflatten(1, (signature_heads, -1))
@@ -122,7 +123,7 @@ class Student:
         return scores * self.tensors["sharpness"].exp()[:, :, None, None]
 
     def codes(self, sample: Sample, hard: bool) -> tuple[Tensor, Tensor]:
-        """Query codes ``[L, Hc, n, bits]`` and key codes ``[L, Hs, T, bits]``; hard ones are what the kernels compute."""
+        """Query codes ``[L, Hc, n, bits]``, key codes ``[L, Hs, T, bits]``; hard ones are what the kernels compute."""
         query_moments, key_moments = self.moments
         x = query_moments.normalise(query_input(sample.query, self.config.code_heads(self.base)))
         y = key_moments.normalise(key_input(sample.key, self.config.signature_heads(self.base)))
@@ -132,11 +133,11 @@ class Student:
         key = soft_sign(key.float(), hard)
         if self.config.score == "symmetric":
             return soft_sign(query.float(), hard), key
-        # Not squashed: an integer code is scaled by its row's largest weight, so the row's ranking is that of the logits.
+        # Not squashed: an integer code is scaled by its row's largest weight, which leaves the ranking as it was.
         return soft_round(query.float(), self.config.levels) if hard else query.float(), key
 
     def folded(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors of `HashMaps` (its names) for these layers, with the normalisation folded in, rounded to `dtype`."""
+        """The tensors of `HashMaps` (its names) for these layers, normalisation folded in, rounded to `dtype`."""
         folded = {name: tensor.detach() for name, tensor in self.tensors.items() if name != "sharpness"}
         for name, moments in zip(("query", "key"), self.moments, strict=True):
             first = f"{name}.weights.0", f"{name}.biases.0"

@@ -55,9 +55,9 @@ def sequences(
     tokenizer
         A transformers tokenizer; its BOS token, where it adds one, begins every sequence.
     texts : path, `datasets` name, or a list of either; None streams `DEFAULT_TEXT`
-        Files and folders (``.txt .md .rst .py``, and ``.jsonl`` with a "text" field). Short documents are joined; of long ones,
-        parts from all over the collection are taken. A document gives training or held-out tokens, never both; of one single
-        file, whose parts then count as documents, different parts do.
+        Files and folders (``.txt .md .rst .py``, and ``.jsonl`` with a "text" field). Short documents are joined; of
+        long ones, parts from all over the collection are taken. A file gives training or held-out tokens, never both;
+        if there is one file only, different parts of it do.
     held_out_texts : likewise, optional
         Where held-out sequences come from instead of a share of `texts`.
 
@@ -128,8 +128,8 @@ def _split(sources: list[str], context: int, held_out: int, seed: int) -> tuple[
     files = _files([name for name in sources if name not in names])
     if not files:
         streams = [enumerate(itertools.chain(*(_stream(name) for name in names))) for _ in range(2)]
-        ours = (text for index, text in streams[0] if index % HELD_OUT_EVERY)
-        return ours, (text for index, text in streams[1] if index % HELD_OUT_EVERY == 0)
+        training = (text for index, text in streams[0] if index % HELD_OUT_EVERY)
+        return training, (text for index, text in streams[1] if index % HELD_OUT_EVERY == 0)
     if len(files) == 1:
         parts = list(_parts(files[0], context))
         random.Random(f"{seed} split").shuffle(parts)
@@ -229,7 +229,7 @@ def _stream(name: str) -> Iterator[str]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TextError(
-            f"data set {name!r} could not be streamed ({reason}); check the name and the network, or give files or folders."
+            f"data set {name!r} could not be streamed ({reason}); check the name and the network, or give files."
         ) from error
 
 
