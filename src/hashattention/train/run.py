@@ -147,9 +147,8 @@ def capture_all(
         held_out = index < len(text.held_out)
         number = index if held_out else index - len(text.held_out)
         target = captured.held_out if held_out else captured.train
-        target.obtain(
-            name, _capturing(model, base, tokens, shards.draw_positions(recipe, number, held_out=held_out), held_out)
-        )
+        positions = shards.draw_positions(recipe, number, held_out=held_out)
+        target.obtain(f"{number:05d}", _capturing(model, base, tokens, positions, held_out))
         if progress is not None:
             progress("capturing queries and keys", index + 1, total)
     return captured
