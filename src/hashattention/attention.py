@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hashattention import ops
 from hashattention.cache import TokenCache
 from hashattention.config import Budget
 from hashattention.errors import ConfigError
@@ -88,7 +87,7 @@ class SparseAttention:
             one = query[:, :, position : position + 1]
             step = Step(layer, one, key, value, scale, seen, self.budget, side)
             selection = self.selector.select(step)
-            out, _ = ops.attend(one, key, value, selection.indices, selection.counts, scale=scale, softcap=softcap)
+            out = selection.attend(one, key, value, scale=scale, softcap=softcap)
             if self.observer is not None:
                 self.observer(step, selection, out)
             outputs.append(out)

@@ -26,16 +26,18 @@ class TokenCache:
     def __init__(self) -> None:
         self._buffers: dict[Hashable, Tensor] = {}
         self._lengths: dict[Hashable, int] = {}
+        self._strides: dict[Hashable, int] = {}
 
     def length(self, name: Hashable) -> int:
-        """Tokens held under `name`."""
+        """Entries held under `name`: tokens, or pages of `stride` tokens."""
         return self._lengths.get(name, 0)
 
-    def extend(self, name: Hashable, tokens: int, make: Callable[[int], Tensor]) -> Tensor:
+    def extend(self, name: Hashable, tokens: int, make: Callable[[int], Tensor], stride: int = 1) -> Tensor:
         """The tensor under `name` for the first `tokens` tokens; ``make(first)`` gives those from `first` on if some
-        lack.
+        lack. An entry may stand for a page of `stride` tokens: a crop keeps the pages that are still whole.
         """
         held = self.length(name)
+        self._strides[name] = stride
         if held < tokens:
             self._append(name, make(held), tokens)
         return self._buffers[name][:, :, :tokens]
@@ -56,7 +58,7 @@ class TokenCache:
 
     def crop(self, tokens: int) -> None:
         """Forget every token from position `tokens` on."""
-        self._lengths = {name: min(length, tokens) for name, length in self._lengths.items()}
+        self._lengths = {name: min(length, tokens // self._strides[name]) for name, length in self._lengths.items()}
 
     def select(self, requests: Tensor) -> None:
         """Keep (or reorder, or repeat) the batch rows `requests` int64 ``[B']``."""
@@ -70,6 +72,7 @@ class TokenCache:
         """Forget everything."""
         self._buffers.clear()
         self._lengths.clear()
+        self._strides.clear()
 
     def to(self, device: torch.device | str) -> None:
         """Move every tensor to `device`."""

@@ -22,6 +22,24 @@ class Rows:
     capacity: int
     mask: Tensor | None = None
 
+    def valid(self, tokens: int) -> Tensor:
+        """Which of the first `tokens` slots of the cache may be attended to, bool ``[B, tokens]``."""
+        position = torch.arange(tokens, device=self.start.device)
+        inside = (position >= self.start[:, None]) & (position < self.end[:, None])
+        return inside if self.mask is None else inside & self.mask
+
+    def candidates(self, tokens: int) -> Tensor:
+        """The valid tokens that are neither sink nor local, bool ``[B, Hsel, tokens]``: heavy is chosen from these."""
+        valid = self.valid(tokens)[:, None]
+        before = valid.cumsum(-1) - 1
+        after = valid.sum(-1, keepdim=True) - 1 - before
+        return valid & (before >= self.budgets[..., :1]) & (after >= self.budgets[..., 1:2])
+
+    def limit_heavy(self, heavy: Tensor) -> Rows:
+        """The same rows with at most `heavy` ``[B, Hsel]`` heavy tokens each."""
+        fewer = torch.minimum(self.budgets[..., 2], heavy.to(torch.int32))
+        return dataclasses.replace(self, budgets=torch.cat([self.budgets[..., :2], fewer[..., None]], -1))
+
 
 def count_budget(budget: Budget, lengths: Tensor) -> Tensor:
     """`Budget.counts` for a tensor of lengths ``[B]``, on its device: int32 ``[B, 3]`` (sink, local, heavy)."""

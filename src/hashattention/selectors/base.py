@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
+from hashattention import ops
 from hashattention.cache import TokenCache
-from hashattention.config import Budget, SelectionShare
+from hashattention.config import BaseModel, Budget, SelectionShare
 from hashattention.rows import Extent, Rows
+from hashattention.selectors.selection import Selection
 
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """indices int32 ``[B, Hsel, K]`` (ascending, packed left, -1 = none) and counts int32 ``[B, Hsel]``."""
-
-    indices: Tensor
-    counts: Tensor
+__all__ = ["Selection", "Selector", "Step", "select_best"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +22,8 @@ class Step:
     """One new token of every request at one layer.
 
     `query` ``[B, Hq, 1, D]``; `key` and `value` ``[B, Hkv, T, D]``, the new token included; `scale` multiplies the
-    logits; `side` keeps the method's own per-token tensors of this layer between steps.
+    logits; `side` keeps the method's own per-token tensors of this layer between steps. `heavy_share` is the part of
+    the heavy budget that the method may spend, in (0, 1].
     """
 
     layer: int
@@ -36,10 +34,33 @@ class Step:
     extent: Extent
     budget: Budget
     side: TokenCache
+    heavy_share: float = 1.0
 
     def rows(self, share: SelectionShare) -> Rows:
         """Bounds and budgets for one index set per KV head or per query head."""
-        return self.extent.rows(self.budget, self.key.shape[1] if share == "group" else self.query.shape[1])
+        rows = self.extent.rows(self.budget, self.key.shape[1] if share == "group" else self.query.shape[1])
+        if self.heavy_share == 1.0:
+            return rows
+        return rows.limit_heavy((rows.budgets[..., 2].double() * self.heavy_share).floor())
+
+    def keys(self, first: int = 0) -> Tensor:
+        """The keys of this step's tokens from `first` on, ``[B, Hkv, tokens - first, D]``."""
+        return self.key[:, :, first : self.extent.tokens]
+
+    def grouped_query(self) -> Tensor:
+        """The queries of every KV head, float32 ``[B, Hkv, G, D]``."""
+        return self.query.float().unflatten(1, (self.key.shape[1], -1)).squeeze(3)
+
+
+def select_best(scores: Tensor, rows: Rows, wanted: Tensor | None = None) -> Selection:
+    """Sink, local and the heavy tokens with the highest `scores` float32 ``[B, Hsel, T]``; heavy only where `wanted`
+    (bool, same shape), if given.
+    """
+    if wanted is not None:
+        scores = scores.masked_fill(~wanted, -torch.inf)
+        # Tokens that are not wanted sort last, so counting the others keeps every one of these out.
+        rows = rows.limit_heavy((wanted & rows.candidates(scores.shape[-1])).sum(-1))
+    return Selection(*ops.select(scores, rows.start, rows.end, rows.budgets, rows.capacity, mask=rows.mask))
 
 
 class Selector(ABC):
@@ -63,3 +84,7 @@ class Selector(ABC):
     @abstractmethod
     def auxiliary_bits(self, head_dim: int) -> float:
         """Bits kept beside K and V per token and KV head, as the method really reads them."""
+
+    def refuse(self, model: BaseModel) -> str | None:
+        """Why the method cannot run on `model`; None if it can."""
+        return None
