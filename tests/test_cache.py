@@ -68,3 +68,16 @@ def test_names_are_apart_and_reset_frees_them():
     assert side.nbytes() == 2 * 4 + 3 * 4
     side.reset()
     assert (side.length("a"), side.nbytes()) == (0, 0)
+
+
+def test_a_crop_keeps_the_pages_that_are_whole():
+    side, pages = TokenCache(), torch.rand(1, 1, 5, 2)
+    side.extend("tokens", 18, lambda first: torch.rand(1, 1, 18, 2))
+    side.extend("pages", 5, lambda first: pages, stride=4)
+    side.crop(15)
+    assert (side.length("tokens"), side.length("pages")) == (15, 3)
+    assert torch.equal(side.extend("pages", 3, lambda first: pytest.fail("nothing lacks"), stride=4), pages[:, :, :3])
+    side.reset()
+    side.extend("pages", 5, lambda first: pages)
+    side.crop(4)
+    assert side.length("pages") == 4

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hashattention import ops
 from hashattention.config import Budget
 from hashattention.rows import Extent, count_budget
 
@@ -63,3 +64,25 @@ def test_rows_are_built_once_for_each_budget():
     assert rows.budgets.shape == (2, 3, 3)
     assert rows.budgets[1, 2].tolist() == list(budget.counts(100))
     assert rows.capacity == 50
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4), BUDGETS)
+def test_candidates_are_what_sink_and_local_leave(mask, budget):
+    extent = Extent.from_mask(torch.tensor(mask).long())
+    rows = extent.rows(budget, 2)
+    none = rows.limit_heavy(torch.zeros(len(mask), 2))
+    assert none.budgets[..., 2].eq(0).all()
+    bounds = none.start, none.end, none.budgets, none.capacity
+    indices, counts = ops.select(torch.zeros(len(mask), 2, 9), *bounds, mask=none.mask)
+    for request, valid in enumerate(mask):
+        assert rows.valid(9)[request].tolist() == valid
+        for head in range(2):
+            covered = indices[request, head, : counts[request, head]].tolist()
+            left = [token for token in range(9) if valid[token] and token not in covered]
+            assert rows.candidates(9)[request, head].nonzero().flatten().tolist() == left
+
+
+def test_heavy_is_limited_and_never_raised():
+    rows = Extent.full(1, 100, torch.device("cpu")).rows(Budget(heavy=10, sink=1, local=2), 2)
+    assert rows.limit_heavy(torch.tensor([[4, 40]])).budgets.tolist() == [[[1, 2, 4], [1, 2, 10]]]
+    assert rows.budgets.tolist() == [[[1, 2, 10], [1, 2, 10]]]
