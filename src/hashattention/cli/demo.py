@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hashattention.cli.model import load, parse_device, parse_dtype
 from hashattention.cli.output import check_folder, console, emit, grid, progress, write
 from hashattention.errors import InputError
 
@@ -50,8 +51,7 @@ def demo(
 def _run(
     model: str, maps: str, density: list[float] | None, tokens: int, device: str | None, dtype: str | None
 ) -> DemoResult:
-    from hashattention import HashMaps, load_model
-    from hashattention.cli.output import parse_device, parse_dtype
+    from hashattention import HashMaps
     from hashattention.evaluation.demo import DemoConfig, run
     from hashattention.report.page import check_dependencies
 
@@ -62,8 +62,7 @@ def _run(
     kind = parse_dtype(dtype or ("float32" if where == "cpu" else "bfloat16"))
     loaded_maps = HashMaps.from_pretrained(maps)
     with progress(console()) as report:
-        report(f"loading {model}", 0, 0)
-        loaded = load_model(model, dtype=kind, device=where, progress=report)
+        loaded = load(model, where, kind, report)
         return run(loaded, loaded_maps, config, progress=report)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -52,15 +53,14 @@ def cache() -> dict[str, Any]:
         name: (folder / "models" / recipe.file).is_file() or (folder / "models" / name / "config.json").is_file()
         for name, recipe in RECIPES.items()
     }
-    return {"folder": str(folder), "bytes": sum(file.stat().st_size for file in files), "models": held}
+    shown = str(folder).replace(str(Path.home()), "~", 1)
+    return {"folder": shown, "bytes": sum(file.stat().st_size for file in files), "models": held}
 
 
 def _show(found: dict[str, Any]) -> None:
     origin, held = found["origin"], found["cache"]
-    rows = [
-        ["hashattention", f"{origin['version']} ({origin['commit'] or 'no checkout'})"],
-        ["python", origin["python"]],
-    ]
+    version = f"{origin['version']} ({origin['commit'] or 'no checkout'})"
+    rows = [["hashattention", version], ["python", origin["python"]]]
     rows += [[name, version] for name, version in origin["libraries"].items()]
     rows += [[device, name] for device, name in found["devices"].items()]
     rows.append(["cache", f"{held['folder']}, {held['bytes'] / 1e6:,.0f} MB"])

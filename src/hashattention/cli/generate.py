@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hashattention.cli.output import console, emit, parse_device, parse_dtype, progress, read_prompt
+from hashattention.cli.model import load, parse_device, parse_dtype
+from hashattention.cli.output import console, emit, progress, read_prompt
 from hashattention.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def generate(
     """Continue a prompt greedily; the text goes to stdout as it comes."""
     if maps is None and not dense:
         raise ConfigError("generate needs trained maps: give --maps DIR, or --dense for the model's own attention.")
-    from hashattention import Budget, HashMaps, load_model, provenance
+    from hashattention import Budget, HashMaps, provenance
     from hashattention.models.describe import describe
 
     budget = Budget(density=density)
@@ -46,16 +48,14 @@ def generate(
     loaded_maps = None if dense or maps is None else HashMaps.from_pretrained(maps)
     where, kind = parse_device(device), parse_dtype(dtype)
     with progress(console()) as report:
-        report(f"loading {model}", 0, 0)
-        loaded = load_model(model, dtype=kind, device=where, progress=report)
+        loaded = load(model, where, kind, report)
     base = describe(loaded.model)
     ids = _encode(loaded, prompt, chat, max_new_tokens)
     said = _continue(loaded, loaded_maps, budget, min_context, ids, max_new_tokens, quiet=as_json)
     length = ids.shape[1] + said["new_tokens"]
     sparse = loaded_maps is not None and length >= min_context
-    cost = traffic(
-        base, loaded_maps.config if loaded_maps and sparse else None, budget, length, loaded.model.dtype.itemsize
-    )
+    config = loaded_maps.config if loaded_maps is not None and sparse else None
+    cost = traffic(base, config, budget, length, loaded.model.dtype.itemsize)
     found = {**said, "prompt_tokens": ids.shape[1], "attention": "hash" if sparse else "dense", **cost}
     _show(found, None if loaded_maps is None or sparse else min_context)
     if as_json:
@@ -80,8 +80,8 @@ def _encode(loaded: Any, prompt: str, chat: bool | None, new_tokens: int) -> tor
     room = getattr(text_config(loaded.model), "max_position_embeddings", None)
     if room is not None and ids.shape[1] + new_tokens > room:
         raise InputError(
-            f"the prompt has {ids.shape[1]} tokens and {new_tokens} new ones were asked for, but this model's context is "
-            f"{room}; shorten the prompt or lower --max-new-tokens."
+            f"the prompt has {ids.shape[1]} tokens and {new_tokens} new ones were asked for, but this model's "
+            f"context is {room}; shorten the prompt or lower --max-new-tokens."
         )
     return ids
 
@@ -110,7 +110,7 @@ def _continue(
     if not quiet:
         typer.echo()
     times = stream.times
-    steps = [later - earlier for earlier, later in zip(times[1:-1], times[2:], strict=True)]
+    steps = [later - earlier for earlier, later in itertools.pairwise(times[1:])]
     return {
         "text": "".join(parts),
         "new_tokens": out.shape[1] - ids.shape[1],
@@ -152,8 +152,8 @@ def _show(found: dict[str, Any], min_context: int | None) -> None:
         soft_wrap=True,
     )
     out.print(
-        f"{found['attention']} attention: {found['attended']:,} of {found['context']:,} tokens (density {found['density']:.4f}); "
-        f"K and V {found['kv_bytes_per_token'] / 1e6:,.2f} MB, signatures {found['signature_bytes_per_token'] / 1e6:,.2f} MB "
-        "read per new token",
+        f"{found['attention']} attention: {found['attended']:,} of {found['context']:,} tokens "
+        f"(density {found['density']:.4f}); read per new token: K and V {found['kv_bytes_per_token'] / 1e6:,.2f} MB, "
+        f"signatures {found['signature_bytes_per_token'] / 1e6:,.2f} MB",
         soft_wrap=True,
     )

@@ -31,7 +31,7 @@ def inspect(
     metrics = loaded.training_info.get("metrics") or {}
     out = console()
     out.print(grid(rows.fields(found), title=str(folder)))
-    out.print(grid(rows.methods(metrics), rows.METHOD_COLUMNS, "held-out quality, mean over layers"))
+    out.print(grid(rows.methods(metrics), rows.METHOD_COLUMNS, "held-out quality, mean over layers", left=2))
     columns, cells = rows.layers(metrics)
     out.print(grid(cells, columns, "held-out quality of every layer"))
     if as_json:

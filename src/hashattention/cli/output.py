@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hashattention.errors import ConfigError, InputError
+from hashattention.errors import InputError
 from hashattention.models.packaged import Progress as Report
 
 
@@ -55,9 +55,14 @@ def grid(cells: Sequence[Sequence[str]], columns: Sequence[str] = (), title: str
     """Rows as a plain table; the first `left` columns (all, without headings) are aligned left. Nothing for no rows."""
     if not cells:
         return ""
-    table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD, show_header=bool(columns))
+    heading = {"title": escape(title) or None, "title_justify": "left", "show_header": bool(columns)}
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, **heading)
     for index, column in enumerate(columns or [""] * len(cells[0])):
-        table.add_column(escape(column), justify="right" if columns and index >= left else "left", overflow="fold")
+        words = " ".join([column, *(row[index] for row in cells)]).split()
+        # A number is never broken, a long path may be.
+        width = min(12, max(map(len, words), default=0))
+        table.add_column(escape(column), overflow="fold", min_width=width)
+        table.columns[-1].justify = "right" if columns and index >= left else "left"
     for row in cells:
         table.add_row(*(escape(cell) for cell in row))
     return table
@@ -101,41 +106,3 @@ def read_prompt(path: Path) -> str:
             "the prompt is empty; give some text with --prompt-file FILE, or on stdin with --prompt-file -."
         )
     return text
-
-
-def parse_dtype(name: str | None) -> Any:
-    """The torch dtype of a name; None stays None (as stored).
-
-    Raises
-    ------
-    ConfigError
-        For a name that is not a dtype models run in.
-    """
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in known:
-        raise ConfigError(f"dtype must be one of {', '.join(known)}; given {name!r}.")
-    return None if name is None else known[name]
-
-
-def parse_device(name: str | None) -> str:
-    """A device name; by default a GPU if there is one.
-
-    Raises
-    ------
-    ConfigError
-        For a device that torch does not know or that is not there.
-    """
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device {name!r} cannot be used ({reason}); give cpu, or cuda where there is a GPU."
-        ) from error
-    return name

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hashattention.cli.output import console, emit, grid, parse_device, parse_dtype, progress
+from hashattention.cli.model import load, parse_device, parse_dtype
+from hashattention.cli.output import console, emit, grid, progress
 from hashattention.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Train hash maps for a model; run it again to continue an interrupted training."""
-    from hashattention import load_model
     from hashattention.report import maps as rows
     from hashattention.train.recipe import Recipe
     from hashattention.train.run import train as run
@@ -45,11 +45,10 @@ def train(
     texts = None if text is None else [name.removeprefix(DATASET) for name in text]
     where, kind = parse_device(device), parse_dtype(dtype)
     with progress(console()) as report:
-        report(f"loading {model}", 0, 0)
-        loaded = load_model(model, dtype=kind, device=where, progress=report)
+        loaded = load(model, where, kind, report)
         done = run(loaded, texts, out, chosen, resume=resume, progress=report)
     shown = console()
-    shown.print(grid(rows.methods(done["metrics"]), rows.METHOD_COLUMNS, "held-out quality, mean over layers"))
+    shown.print(grid(rows.methods(done["metrics"]), rows.METHOD_COLUMNS, "held-out quality, mean over layers", left=2))
     shown.print(f"maps: {out}", soft_wrap=True)
     if as_json:
         emit(done)

@@ -16,7 +16,7 @@ from hashattention import provenance
 from hashattention.attention import Observer
 from hashattention.config import BaseModel, Budget
 from hashattention.errors import InputError
-from hashattention.evaluation.needle import FACTS, Haystack, Prompt, grade, plant, prompt
+from hashattention.evaluation.needle import FACTS, Prompt, grade, plant, prompt
 from hashattention.evaluation.observe import Recorder
 from hashattention.integrations.transformers import attach
 from hashattention.maps import HashMaps
@@ -54,6 +54,11 @@ class DemoConfig:
     answer_tokens: int = 24
     timed_steps: int = 7
 
+    @property
+    def choices(self) -> tuple[float | None, ...]:
+        """The settings, in order: None is dense."""
+        return None, *self.densities
+
     def __post_init__(self) -> None:
         for density in self.densities:
             Budget(density=density)
@@ -64,11 +69,11 @@ class DemoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the model said to one question; `shares` is how often each token of the prompt was attended to, in 0..1."""
+    """What the model said to one question; `attention` is `Recorder.attention` of the prompt's tokens."""
 
     text: str
     right: bool
-    shares: tuple[float, ...] = ()
+    attention: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Setting:
     signature_bytes: float
     error: dict[int, float]
     mass: dict[int, float]
-    milliseconds: float
+    milliseconds: float = 0.0
 
     @property
     def mean_error(self) -> float:
@@ -174,6 +179,7 @@ class Reader:
         return list(encoded["input_ids"])
 
     def _forget(self) -> None:
+        """Back to where the prompt ends."""
         extra = self.cache.get_seq_length() - len(self.prompt.tokens)
         self.cache.crop(-extra)
 
@@ -191,16 +197,13 @@ class Reader:
         self._forget()
         return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip().split("\n")[0]
 
-    def seconds_per_token(self, steps: int) -> float:
-        """Median wall time of one new token right after the prompt."""
-        token, times = self.prompt.tokens[-1], []
-        # One more than asked: the first also readies side tensors.
-        for _ in range(steps + 1):
-            started = time.perf_counter()
-            token = self._forward([token])
-            times.append(time.perf_counter() - started)
+    def step_seconds(self) -> float:
+        """Wall time of one new token right after the prompt."""
+        started = time.perf_counter()
+        self._forward(self.prompt.tokens[-1:])
+        seconds = time.perf_counter() - started
         self._forget()
-        return statistics.median(times[1:])
+        return seconds
 
 
 def run(loaded: LoadedModel, maps: HashMaps, config: DemoConfig, *, progress: Progress | None = None) -> DemoResult:
@@ -230,20 +233,21 @@ def run(loaded: LoadedModel, maps: HashMaps, config: DemoConfig, *, progress: Pr
     if room is not None and needed > room:
         raise InputError(f"the demo needs {needed} tokens of context and this model takes {room}; lower `tokens`.")
     tell = progress or (lambda text, done, total: None)
-    steps = 2 + len(config.densities)
+    steps = 2 + len(config.choices)
     tell(f"reading {config.tokens} tokens", 0, steps)
     reader = _read(loaded, config)
     settings = []
-    for done, density in enumerate((None, *config.densities), 1):
+    for done, density in enumerate(config.choices, 1):
         tell("dense attention" if density is None else f"hash attention, density {density:g}", done, steps)
-        settings.append(_setting(reader, base, maps, density, config))
-    tell("done", steps, steps)
+        settings.append(_ask(reader, base, maps, density, config))
+    tell("timing", steps - 1, steps)
+    times = _time(reader, maps, config)
     return DemoResult(
         model=loaded.source.hub_id or base.name,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         backends=backends(loaded.model.device, loaded.model.dtype),
         prompt=reader.prompt,
-        settings=tuple(settings),
+        settings=tuple(dataclasses.replace(row, milliseconds=ms) for row, ms in zip(settings, times, strict=True)),
         prefill_seconds=reader.prefill_seconds,
         weight_bytes=sum(parameter.nbytes for parameter in loaded.model.parameters()),
         maps_origin=maps.training_info.get("origin", {}),
@@ -262,46 +266,54 @@ def backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 def _read(loaded: LoadedModel, config: DemoConfig) -> Reader:
     text = files("hashattention").joinpath("texts/persuasion.txt").read_text(encoding="utf-8")
-    # The chat format around the document counts too.
-    frame = len(prompt(Haystack("text", (), ()), loaded.tokenizer).tokens)
-    haystack = plant(text, FACTS, DEPTHS, config.tokens - frame, loaded.tokenizer)
-    return Reader(loaded.model, loaded.tokenizer, prompt(haystack, loaded.tokenizer))
+    room = config.tokens
+    while True:
+        haystack = plant(text, FACTS, DEPTHS, room, loaded.tokenizer)
+        made = prompt(haystack, loaded.tokenizer)
+        over = len(made.tokens) - config.tokens
+        if over <= 0:
+            return Reader(loaded.model, loaded.tokenizer, made)
+        # The chat format, and tokens that joining paragraphs makes, take room too.
+        room -= over
 
 
-def _setting(reader: Reader, base: BaseModel, maps: HashMaps, density: float | None, config: DemoConfig) -> Setting:
+def _ask(reader: Reader, base: BaseModel, maps: HashMaps, density: float | None, config: DemoConfig) -> Setting:
+    """Ask every question, and measure every step of the answers."""
     answers, recorders, lengths = [], [], []
     for fact in FACTS:
         question = reader.question(fact.question)
         recorder = Recorder(since=len(reader.prompt.tokens) + len(question))
         with _served(reader.model, maps, density, len(question), recorder):
             said = reader.answer(question, config.answer_tokens)
-        shares = recorder.shares()[: len(reader.prompt.tokens)]
-        answers.append(Answer(said, grade(said, fact), tuple(shares.tolist())))
+        attention = recorder.attention()[: len(reader.prompt.tokens)]
+        answers.append(Answer(said, grade(said, fact), tuple(attention.tolist())))
         recorders.append(recorder)
         lengths.append(len(reader.prompt.tokens) + len(question))
-    with _served(reader.model, maps, density, 0, None):
-        seconds = reader.seconds_per_token(config.timed_steps)
     row = 2 * base.head_dim * base.num_key_value_heads * reader.model.dtype.itemsize
-    if density is None:
-        tokens = statistics.fmean(lengths)
-        return Setting(
-            name, None, tuple(answers), tokens, tokens * row * base.num_hidden_layers, 0.0, {}, {}, 1e3 * seconds
-        )
     means = {field: _mean(recorders, field) for field in ("error", "mass", "attended", "rows", "tokens")}
-    # Layers without a map stay dense: they read every row and lose nothing.
-    unserved = (base.num_hidden_layers - len(means["rows"])) * statistics.fmean(lengths)
-    signature = maps.config.bits / 8 * maps.config.signature_heads(base)
+    context = statistics.fmean(lengths)
+    # Layers that stay dense read every row and lose nothing.
+    dense_rows = (base.num_hidden_layers - len(means["rows"])) * context
     return Setting(
-        "hash",
-        density,
-        tuple(answers),
-        statistics.fmean(means["attended"].values()),
-        (sum(means["rows"].values()) + unserved) * row,
-        sum(means["tokens"].values()) * signature,
-        means["error"],
-        means["mass"],
-        1e3 * seconds,
+        name="dense" if density is None else "hash",
+        density=density,
+        answers=tuple(answers),
+        attended=statistics.fmean(means["attended"].values() or [context]),
+        kv_bytes=(sum(means["rows"].values()) + dense_rows) * row,
+        signature_bytes=sum(means["tokens"].values()) * maps.config.bits / 8 * maps.config.signature_heads(base),
+        error=means["error"],
+        mass=means["mass"],
     )
+
+
+def _time(reader: Reader, maps: HashMaps, config: DemoConfig) -> list[float]:
+    """Median milliseconds of one new token; settings take turns, so that a busy machine slows all alike."""
+    times: list[list[float]] = [[] for _ in config.choices]
+    for _ in range(config.timed_steps):
+        for found, density in zip(times, config.choices, strict=True):
+            with _served(reader.model, maps, density, 0, None):
+                found.append(1e3 * reader.step_seconds())
+    return [statistics.median(found) for found in times]
 
 
 def _served(

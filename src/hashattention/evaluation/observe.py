@@ -53,8 +53,7 @@ class Recorder:
     def __init__(self, since: int = 0) -> None:
         self.since = since
         self.layers: dict[int, list[Observation]] = defaultdict(list)
-        self._votes = torch.zeros(0)
-        self._sets = 0
+        self._peaks: dict[int, Tensor] = {}
 
     def __call__(self, step: Step, selection: Selection, out: Tensor) -> None:
         """Record one sparse step."""
@@ -63,6 +62,7 @@ class Recorder:
         kept = selected_tokens(selection, step.extent.tokens)
         weights = dense_weights(step)
         per_head = kept.repeat_interleave(weights.shape[1] // kept.shape[1], dim=1)
+        mass = (weights * per_head).sum(-1)
         value = step.value[:, :, : step.extent.tokens].float()
         dense = (weights.unflatten(1, (value.shape[1], -1)) @ value).flatten(1, 2)
         error = (out[:, :, 0].float() - dense).norm(dim=-1) / dense.norm(dim=-1)
@@ -70,22 +70,23 @@ class Recorder:
         observation = Observation(
             tokens=step.extent.tokens,
             error=error.mean().item(),
-            mass=(weights * per_head).sum(-1).mean().item(),
+            mass=mass.mean().item(),
             attended=selection.counts.float().mean().item(),
             rows=read.sum(-1).float().mean().item(),
         )
         self.layers[step.layer].append(observation)
-        self._vote(kept.flatten(0, 1).float().cpu())
+        attended = (weights * per_head / mass[..., None]).amax((0, 1)).cpu()
+        held = self._peaks.get(step.extent.tokens)
+        self._peaks[step.extent.tokens] = attended if held is None else torch.maximum(held, attended)
 
-    def _vote(self, kept: Tensor) -> None:
-        if self._votes.numel() < kept.shape[1]:
-            self._votes = torch.cat([self._votes, torch.zeros(kept.shape[1] - self._votes.numel())])
-        self._votes[: kept.shape[1]] += kept.sum(0)
-        self._sets += kept.shape[0]
-
-    def shares(self) -> Tensor:
-        """Share of all index sets (every layer, head and recorded step) that hold each token, float32 ``[T]``."""
-        return self._votes / max(1, self._sets)
+    def attention(self) -> Tensor:
+        """The weight each token got in the sparse attention: of the head (of any layer) that gave it most, mean over
+        the recorded steps; float32 ``[T]``, in 0..1.
+        """
+        total = torch.zeros(max(self._peaks, default=0))
+        for tokens, peak in self._peaks.items():
+            total[:tokens] += peak
+        return total / max(1, len(self._peaks))
 
     def mean(self, field: str) -> dict[int, float]:
         """The mean of one field of `Observation` by layer."""

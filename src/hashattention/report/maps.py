@@ -49,7 +49,11 @@ def fields(found: dict[str, Any]) -> list[list[str]]:
 def methods(metrics: dict[str, Any]) -> list[list[str]]:
     """Heavy budget, method, error, ratio to exact shared selection, kept mass and recall: means over layers."""
     return [
-        [_share(row["heavy"]), name, *(_number(values.get(field)) for field in ("error", "ratio", "mass", "recall"))]
+        [
+            _share(row["heavy"]),
+            name,
+            *(_number(values.get(field)) for field in ("error", "ratio", "kept_mass", "recall")),
+        ]
         for row in metrics.get("budgets", [])
         for name, values in row.items()
         if isinstance(values, dict)
@@ -62,12 +66,10 @@ METHOD_COLUMNS = ["heavy", "selection", "output error", "ratio to exact shared",
 def layers(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: the hash maps' error and kept mass of every layer at every heavy budget."""
     measured = [row for row in metrics.get("budgets", []) if "hash" in row]
-    columns = ["layer", *(f"{field}, {_share(row['heavy'])}" for row in measured for field in ("error", "mass"))]
+    fields = ("error", "kept_mass")
+    columns = ["layer", *(f"{field.replace('_', ' ')}, {_share(row['heavy'])}" for row in measured for field in fields)]
     rows = [
-        [
-            str(layer),
-            *(_number(_at(row["hash"], f"{field}_by_layer", i)) for row in measured for field in ("error", "mass")),
-        ]
+        [str(layer), *(_number(_at(row["hash"], f"{field}_by_layer", i)) for row in measured for field in fields)]
         for i, layer in enumerate(metrics.get("layers", []))
     ]
     return columns, rows if measured else []

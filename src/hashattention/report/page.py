@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import re
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -33,8 +36,8 @@ def render(result: DemoResult) -> str:
 
     source = files("hashattention").joinpath("report/demo.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    mass = plots.by_layer(result.settings, "mass", "Attention kept", percent=True)
-    error = plots.by_layer(result.settings, "error", "Output error")
+    mass = plots.by_layer(result.settings, "mass", percent=True)
+    error = plots.by_layer(result.settings, "error")
     return template.render(
         result=result,
         columns=table.COLUMNS,
@@ -56,18 +59,31 @@ def picture(result: DemoResult) -> dict[str, Any]:
     Returns
     -------
     dict
-        `pieces` (text of every document token), `facts` (``[first, end)`` in document tokens), `densities` (their names)
-        and `shares` ``[density][question][token]``, whole numbers in 0..255 for a share of 0..1.
+        `pieces` (text of every document token), `facts` (``[first, end)`` in document tokens), `subjects`, `densities`
+        (their names) and `weights` ``[density][question][token]``, attention in whole per mille.
     """
     first, end = result.prompt.document
     sparse = [setting for setting in result.settings if setting.density is not None]
     return {
-        "pieces": list(result.prompt.pieces[first:end]),
+        "pieces": flow(result.prompt.pieces[first:end]),
         "facts": [[start - first, stop - first] for start, stop in result.prompt.facts],
         "subjects": [fact.subject for fact in FACTS],
         "densities": [table.density_text(setting.density or 0.0) for setting in sparse],
-        "shares": [
-            [[round(255 * share) for share in answer.shares[first:end]] for answer in setting.answers]
+        "weights": [
+            [[round(1000 * weight) for weight in answer.attention[first:end]] for answer in setting.answers]
             for setting in sparse
         ],
     }
+
+
+def flow(pieces: Sequence[str]) -> list[str]:
+    r"""The same pieces with line ends inside paragraphs made spaces, so that the text fits any width.
+
+    Examples
+    --------
+    >>> flow(["A\n", "line", "\n", "\nB"])
+    ['A ', 'line', '\n', '\nB']
+    """
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", "".join(pieces))
+    borders = [0, *itertools.accumulate(len(piece) for piece in pieces)]
+    return [text[start:end] for start, end in itertools.pairwise(borders)]

@@ -7,15 +7,9 @@ from fractions import Fraction
 from hashattention.evaluation.demo import Answer, DemoResult, Setting
 from hashattention.evaluation.needle import FACTS
 
-COLUMNS = (
-    "attention",
-    "answers",
-    "tokens attended",
-    "K and V read per token",
-    "signatures read",
-    "output error",
-    "ms per token",
-)
+COLUMNS = ("attention", "answers", "tokens attended", "K, V read", "signatures read", "output error", "ms/token")
+#: Columns of words, aligned left.
+LEFT = ("attention", "answers")
 #: Longest wrong answer shown whole.
 SHOWN = 44
 
@@ -26,9 +20,9 @@ def name(setting: Setting) -> str:
     Examples
     --------
     >>> name(Setting("hash", 0.0625, (), 256.0, 1e6, 1e5, {}, {}, 20.0))
-    'hash, density 1/16'
+    'hash 1/16'
     """
-    return setting.name if setting.density is None else f"{setting.name}, density {density_text(setting.density)}"
+    return setting.name if setting.density is None else f"{setting.name} {density_text(setting.density)}"
 
 
 def density_text(density: float) -> str:
@@ -66,11 +60,13 @@ def rows(result: DemoResult) -> list[list[str]]:
 
 
 def conditions(result: DemoResult) -> str:
-    """One sentence that says where the numbers hold."""
-    backends = ", ".join(sorted(set(result.backends.values())))
+    """Where the numbers hold, and what the columns mean."""
+    ops = ", ".join(f"{op} by {backend}" for op, backend in result.backends.items())
     return (
-        f"{result.model}, {result.dtype}, {len(result.prompt.tokens):,} tokens of context, "
-        f"{result.origin['device']}; hash attention runs on the backend: {backends}."
+        f"{result.model}, {result.dtype}, {len(result.prompt.tokens):,} tokens of context, {result.origin['device']}; "
+        f"ops: {ops}. `hash 1/16` attends to 1/16 of the context, sink and local included. Tokens, bytes and error "
+        "are per new token, means over the three answers; the error is |output - dense| / |dense| of the attention "
+        "output, mean over layers."
     )
 
 
@@ -78,18 +74,18 @@ def speed_note(result: DemoResult) -> str:
     """What the speed column does and does not show."""
     dense = result.settings[0].kv_bytes / 1e6
     note = (
-        f"Speed: the median of a few single steps. At this length each token reads {dense:,.0f} MB of K and V and "
-        f"{result.weight_bytes / 1e6:,.0f} MB of weights, so the weights and the interpreter set the pace, not attention."
+        f"Speed is the median of a few single steps. Here a dense step reads {result.weight_bytes / 1e6:,.0f} MB of "
+        f"weights and {dense:,.0f} MB of K and V: the weights set the pace, and attention is a small part of it."
     )
     if "reference" in result.backends.values():
-        note += " The reference backend is plain PyTorch, written to be read and not to be fast."
+        note += " The reference backend is plain PyTorch, written to be read, not to be fast."
     return note
 
 
 def markdown(result: DemoResult) -> str:
     """The table with its conditions, for a README."""
     cells = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows(result)]
-    aligned = [":--" if column in ("attention", "answers") else "--:" for column in COLUMNS]
+    aligned = [":--" if column in LEFT else "--:" for column in COLUMNS]
     lines = [f"| {' | '.join(row)} |" for row in ([*COLUMNS], aligned, *cells)]
     made = f"Made by `{result.origin['command']}` at {result.origin['commit'] or result.origin['version']}."
     return "\n".join([*lines, "", conditions(result), speed_note(result), made]) + "\n"
