@@ -10,8 +10,8 @@ from torch import Tensor
 from hashattention.errors import InputError
 from hashattention.ops import dispatch, shapes
 from hashattention.ops.attend import attend
-from hashattention.ops.encode import encode_query, encode_signature
-from hashattention.ops.select import score_select
+from hashattention.ops.encode import check_map, encode_query, encode_signature
+from hashattention.ops.select import check_rows, score_select
 
 
 def group_queries(q: Tensor, heads: int) -> Tensor:
@@ -81,10 +81,45 @@ def decode(
         raise InputError(f"levels is {levels}; expected 0 (bit code) to 127.")
     if not weights:
         raise InputError("weights is empty; a map needs at least one stage.")
+    _check(q, k, v, signatures, weights, biases, start, end, budgets, capacity, mask, block_table)
     caches, bounds = (k, v, signatures), (start, end, budgets)
     rest = (capacity, levels, scale, softcap, mask, block_table, backend)
     out, logsumexp = torch.ops.hashattention.decode(q, *caches, list(weights), list(biases), *bounds, *rest)
     return out, logsumexp
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    signatures: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    start: Tensor,
+    end: Tensor,
+    budgets: Tensor,
+    capacity: int,
+    mask: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    """What encode, select and attend would check: a fused kernel reads memory without asking again."""
+    check_map(group_queries(q, weights[0].shape[0]), weights, biases)
+    cache = "P {} N {}" if block_table is not None else "B {} T {}"
+    sizes = {"W": weights[-1].shape[-1] // 32}
+    shapes.expect(sizes, "q", q, "B Hq 1 D", torch.float32, torch.bfloat16, torch.float16)
+    shapes.expect(sizes, "k", k, cache.format("Hkv", "D"))
+    shapes.expect(sizes, "v", v, cache.format("Hkv", "Dv"), k.dtype)
+    shapes.expect(sizes, "signatures", signatures, cache.format("Hs", "W"), torch.int32)
+    if block_table is not None:
+        shapes.expect(sizes, "block_table", block_table, "B M", torch.int32)
+        sizes["T"] = sizes["M"] * sizes["N"]
+    check_rows(sizes, start, end, budgets, capacity, mask)
+    shapes.expect_multiple(weights[0].shape[0], sizes["Hs"], "code heads over signature heads")
+    shapes.expect_multiple(weights[0].shape[0], sizes["Hsel"], "code heads over selection heads")
+    shapes.expect_multiple(sizes["Hq"], sizes["Hsel"], "query heads over selection heads")
+    shapes.expect_multiple(sizes["Hsel"], sizes["Hkv"], "selection heads over KV heads")
+    rows = {"start": start, "end": end, "budgets": budgets, "mask": mask, "block_table": block_table}
+    shapes.expect_same_device(q=q, k=k, v=v, signatures=signatures, **rows)
 
 
 @torch.library.custom_op(

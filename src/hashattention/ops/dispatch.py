@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 #: Backend name -> module, best first. `reference` runs everything everywhere.
 MODULES = {
     "triton": "hashattention.ops.triton",
+    "cpu": "hashattention.ops.cpu",
     "reference": "hashattention.ops.reference",
 }
 

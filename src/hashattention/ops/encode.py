@@ -42,7 +42,7 @@ def encode_signature(
     >>> encode_signature(x, [weight], [bias]).tolist()
     [[[[-1]]]]
     """
-    _check_map(x, weights, biases)
+    check_map(x, weights, biases)
     out: Tensor = torch.ops.hashattention.encode_signature(x, list(weights), list(biases), backend)
     return out
 
@@ -70,14 +70,15 @@ def encode_query(
     InputError
         For shapes that do not fit or `levels` out of range.
     """
-    _check_map(x, weights, biases)
+    check_map(x, weights, biases)
     if not 1 <= levels <= 127:
         raise InputError(f"levels is {levels}; expected 1 to 127, the range of int8 query weights.")
     code, scale = torch.ops.hashattention.encode_query(x, list(weights), list(biases), levels, backend)
     return code, scale
 
 
-def _check_map(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+def check_map(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    """Raise `InputError` unless `x`, weights and biases fit each other."""
     if not weights or len(weights) != len(biases):
         raise InputError(
             f"a map needs as many weights as biases, at least one; given {len(weights)} and {len(biases)}."

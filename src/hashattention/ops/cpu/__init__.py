@@ -1,0 +1,54 @@
+"""Native CPU kernels (AVX-512, AVX2 or plain C++, chosen at run time); without them, numpy and torch."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MISSING: str | None = None
+try:
+    # torch is imported above: its OpenMP library is the one the kernels then use, so there is one pool of threads.
+    from hashattention.ops.cpu import native
+    from hashattention.ops.cpu.native import attend, decode, score, score_select, select
+except ImportError as error:
+    MISSING = str(error)
+    from hashattention.ops.cpu.fallback import score, score_select, select
+
+__all__ = ["MISSING", "attend", "decode", "refuse", "score", "score_select", "select"]
+
+
+def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    """Why these kernels cannot run `op` on tensors like `tensor`, or None."""
+    if tensor.device.type != "cpu":
+        return f"needs a CPU tensor, given one on {tensor.device.type}"
+    if MISSING is not None:
+        _say_once()
+        return _refuse_fallback(tensor)
+    caches = [arguments[name] for name in ("k", "v") if arguments.get(name) is not None]
+    for cache in caches:
+        if cache.dtype not in native.DTYPES or cache.stride(-1) != 1:
+            return f"needs K and V in float32, bfloat16 or float16 with adjacent values, given {cache.dtype}"
+    if op in ("attend", "decode") and tensor.dtype not in native.DTYPES:
+        return f"needs queries in float32, bfloat16 or float16, given {tensor.dtype}"
+    return None
+
+
+def _refuse_fallback(tensor: Tensor) -> str | None:
+    # Only integers have room for a position beside the score.
+    return None if tensor.dtype in (torch.int32, torch.int8) else f"without native kernels {tensor.dtype} is left to torch"
+
+
+@functools.cache
+def _say_once() -> None:
+    logger.warning(
+        "the native CPU kernels are not installed (%s): numpy and torch stand in, several times slower. "
+        "Install again with a C++17 compiler present: pip install --force-reinstall --no-deps hashattention",
+        MISSING,
+    )

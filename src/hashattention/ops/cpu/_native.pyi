@@ -1,0 +1,70 @@
+class Shape:
+    def __init__(
+        self, batch: int, heads: int, signature_heads: int, selection_heads: int, words: int, tokens: int, /
+    ) -> None: ...
+
+class Pages:
+    def __init__(self, table: int, per_row: int, size: int, count: int, /) -> None: ...
+
+class Bounds:
+    def __init__(
+        self, start: int, end: int, budgets: int, mask: int, mask_stride: int, capacity: int, /
+    ) -> None: ...
+
+class Cache:
+    def __init__(
+        self, values: int, request_stride: int, head_stride: int, token_stride: int, dim: int, /
+    ) -> None: ...
+
+class Codes:
+    def __init__(
+        self,
+        code: int,
+        packed: bool,
+        shape: Shape,
+        signatures: int,
+        request_stride: int,
+        head_stride: int,
+        pages: Pages,
+        /,
+    ) -> None: ...
+
+def instruction_sets() -> list[str]: ...
+def active() -> str: ...
+def use(name: str, /) -> None: ...
+def score(codes: Codes, out: int, /) -> None: ...
+def select(
+    values: int,
+    real: bool,
+    batch: int,
+    heads: int,
+    tokens: int,
+    bounds: Bounds,
+    indices: int,
+    counts: int,
+    /,
+) -> None: ...
+def score_select(codes: Codes, bounds: Bounds, indices: int, counts: int, /) -> None: ...
+def attend(
+    query: int,
+    query_dtype: int,
+    query_request_stride: int,
+    query_head_stride: int,
+    cache_dtype: int,
+    batch: int,
+    query_heads: int,
+    kv_heads: int,
+    selection_heads: int,
+    tokens: int,
+    slots: int,
+    key: Cache,
+    value: Cache,
+    pages: Pages,
+    indices: int,
+    counts: int,
+    scale: float,
+    softcap: float,
+    out: int,
+    logsumexp: int,
+    /,
+) -> None: ...

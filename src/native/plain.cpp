@@ -1,0 +1,9 @@
+#define HASHATTENTION_ISA hashattention_plain
+
+#include "isa.hpp"
+
+namespace hashattention {
+const Kernels plain_kernels = {"plain", hashattention_plain::score, hashattention_plain::select, hashattention_plain::score_select,
+                              hashattention_plain::attend};
+}
+
