@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny import ARCHITECTURES, build
 
 from hashattention.models.capture import capture, recording
 from hashattention.models.describe import describe
-from tests.tiny import ARCHITECTURES, build
 
 TOKENS = torch.randint(3, 120, (50,), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.tensor([0, 7, 8, 23, 48, 49])

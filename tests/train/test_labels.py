@@ -64,7 +64,7 @@ def test_unshared_rows_are_each_query_head():
 
 
 def test_a_head_is_not_outvoted():
-    """By the mean, a sharp head's second token beats a flat head's best one; divided by its peak, the flat head is heard."""
+    """By the mean, a sharp head's second token beats a flat head's best one; by its peak, the flat one is heard."""
     logits = torch.zeros(1, 1, 2, 1, 100)
     logits[0, 0, 0, 0, 3], logits[0, 0, 0, 0, 5], logits[0, 0, 1, 0, 7] = 20.0, 18.0, 1.0
     first = {pool: labels.pool_logits(logits, pool)[0, 0, 0].topk(2).indices.tolist() for pool in ("mean", "peak_max")}

@@ -49,7 +49,7 @@ def test_names_and_files(tmp_path):
         ("loss = 'mse'", "one of distill, bce"),
         ("steps = 0", "whole number >= 1"),
         ("steps = 1.5", "whole number >= 1"),
-        ("context = 60", "at least sink \\+ local"),
+        ("context = 60", r"at least sink \+ local"),
         ("step_queries = 999", "at most queries = 512"),
         ("context = 512", "at most 431"),
         ("top_mix = 2.0", "in 0..1"),
@@ -65,7 +65,7 @@ def test_bad_files_are_refused(tmp_path, content, message):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(ConfigError, match="no recipe at nowhere.toml"):
+    with pytest.raises(ConfigError, match=r"no recipe at nowhere\.toml"):
         Recipe.named("nowhere.toml")
 
 

@@ -150,7 +150,7 @@ def refuse_other(held: Mapping[str, Any], asked: Mapping[str, Any], what: str) -
             refuse_other(other, mine, f"{what}: {key}")
         elif mine != other:
             raise CheckpointError(
-                f"{what} were made with {key} = {other!r}, now it is {mine!r}; give another output folder, "
+                f"{what}: {key} is {other!r}, this call asks for {mine!r}; give another output folder, "
                 "the same settings, or start over with resume off."
             )
 
@@ -172,7 +172,8 @@ def capture_settings(recipe: Recipe, base: BaseModel, weights: str, texts: str) 
     ours = {name: getattr(recipe, name) for name in names}
     # The name is where a model was found; its architecture and weights say which it is.
     model = {key: value for key, value in dataclasses.asdict(base).items() if key != "name"}
-    return {"model": model, "weights": weights, "texts": texts, **ours}
+    # The texts last: their tokens depend on the context, and the cause is to be named, not its effect.
+    return {"model": model, "weights": weights, **ours, "texts": texts}
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

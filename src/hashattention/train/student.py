@@ -134,7 +134,11 @@ class Student:
         if self.config.score == "symmetric":
             return soft_sign(query.float(), hard), key
         # Not squashed: an integer code is scaled by its row's largest weight, which leaves the ranking as it was.
-        return soft_round(query.float(), self.config.levels) if hard else query.float(), key
+        query = query.float()
+        if query.shape[1] != self.selection_heads:
+            # Summed with others, as integers: only codes on one scale give the sum that is served.
+            query = query / query.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return soft_round(query, self.config.levels) if hard else query, key
 
     def folded(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of `HashMaps` (its names) for these layers, normalisation folded in, rounded to `dtype`."""

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from tests.train.bytes_model import tiny_recipe
+
+from hashattention.config import BaseModel, Budget, MapsConfig
+from hashattention.models.capture import Sample
+from hashattention.train import metrics
+from hashattention.train.fit import draw, fit, layer_bytes, learning_rate
+from hashattention.train.recipe import Recipe
+from hashattention.train.shards import MemoryShards
+
+BASE = BaseModel("LlamaForCausalLM", 3, 4, 2, 16, (0, 1, 2), "theta")
+CPU = torch.device("cpu")
+
+
+def samples(recipe, count=4, seed=0):
+    """Keys and queries in a few directions: something that signatures can learn."""
+    generator = torch.Generator().manual_seed(seed)
+    store = MemoryShards()
+    topics = torch.randn(12, 16, generator=torch.Generator().manual_seed(9))
+    for _ in range(count):
+        key = topics[torch.randint(12, (3, 2, recipe.context), generator=generator)]
+        key = key + 0.3 * torch.randn(key.shape, generator=generator)
+        query = topics[torch.randint(12, (3, 4, recipe.queries), generator=generator)]
+        allowed = torch.tensor(list(recipe.positions_from()))
+        positions = allowed[torch.randperm(len(allowed), generator=generator)[: recipe.queries]].sort().values.int()
+        value = torch.randn(key.shape, generator=generator)
+        store.obtain("", functools.partial(Sample, key, query, positions, torch.full((3,), 0.5), value))
+    return store
+
+
+def equal(one, two):
+    return all(torch.equal(one[name], two[name]) for name in one) and one.keys() == two.keys()
+
+
+@pytest.mark.parametrize(
+    "recipe", [tiny_recipe(steps=150, learning_rate=1e-2), tiny_recipe(steps=150, pool="peak_sum", learning_rate=1e-2)]
+)
+def test_training_finds_what_attention_finds(tmp_path, recipe):
+    budgets = [Budget(heavy=0.125, sink=recipe.sink, local=recipe.local)]
+    maps = {
+        "fresh": fit(samples(recipe), BASE, dataclasses.replace(recipe, steps=1), tmp_path / "a", device=CPU),
+        "hash": fit(samples(recipe), BASE, recipe, tmp_path / "b", device=CPU),
+    }
+    found = metrics.measure(samples(recipe, 1, seed=5), BASE, maps, budgets, device=CPU)
+    assert found["hash"][0, :, 0].mean() < 0.75 * found["fresh"][0, :, 0].mean()
+    assert found["hash"][0, :, 2].mean() > 1.2 * found["fresh"][0, :, 2].mean()
+
+
+def test_the_papers_loss_learns_too(tmp_path):
+    maps_config = MapsConfig(32, (16, 16), "symmetric", "head", "query_head", "query_head")
+    recipe = tiny_recipe(maps=maps_config, loss="bce", straight_through=1.0, steps=150, learning_rate=1e-2)
+    one = fit(samples(recipe), BASE, dataclasses.replace(recipe, steps=1), tmp_path / "a", device=CPU)
+    maps = {"fresh": one, "hash": fit(samples(recipe), BASE, recipe, tmp_path / "b", device=CPU)}
+    budgets = [Budget(heavy=0.125, sink=recipe.sink, local=recipe.local)]
+    found = metrics.measure(samples(recipe, 1, seed=5), BASE, maps, budgets, device=CPU)
+    assert found["hash"][0, :, 0].mean() < 0.9 * found["fresh"][0, :, 0].mean()
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    def progress(text, done, total):
+        if done == step:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("loss", ["distill", "bce"])
+@pytest.mark.parametrize("stop", [1, 5, 11, 17, 35])
+def test_an_interrupted_fit_ends_in_the_same_bits(tmp_path, loss, stop):
+    """Three groups of 12 steps, a checkpoint every 4: stopped before the first one, between two, in the last group."""
+    recipe = tiny_recipe(loss=loss, step_sequences=2)
+    options = {"device": CPU, "memory_bytes": layer_bytes(recipe, BASE)}
+    whole = fit(samples(recipe), BASE, recipe, tmp_path / "whole", **options).state_dict()
+    with pytest.raises(Stop):
+        fit(samples(recipe), BASE, recipe, tmp_path / "cut", **options, progress=stop_at(stop))
+    told = []
+    again = fit(samples(recipe), BASE, recipe, tmp_path / "cut", **options, progress=lambda *what: told.append(what[1]))
+    assert equal(whole, again.state_dict())
+    assert told[0] == min(12, (stop - 1) // 4 * 4)
+    assert stop < 12 or 1 not in told, "a finished group is not trained again"
+
+
+def test_a_damaged_checkpoint_costs_time_only(tmp_path):
+    recipe = tiny_recipe()
+    whole = fit(samples(recipe), BASE, recipe, tmp_path, device=CPU).state_dict()
+    (path,) = tmp_path.glob("layers-*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    assert equal(whole, fit(samples(recipe), BASE, recipe, tmp_path, device=CPU).state_dict())
+
+
+def test_weights_are_rounded_to_what_is_saved(tmp_path):
+    maps = fit(samples(tiny_recipe()), BASE, tiny_recipe(), tmp_path, device=CPU)
+    assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in maps.parameters())
+    assert not any(tensor.requires_grad for tensor in maps.parameters())
+
+
+def test_every_epoch_sees_every_sequence_once():
+    recipe = tiny_recipe(step_sequences=2)
+    drawn = [pair for step in range(4) for pair in draw(recipe, step, 4, 32)]
+    assert sorted(index for index, _ in drawn[:4]) == sorted(index for index, _ in drawn[4:]) == [0, 1, 2, 3]
+    assert all(len(set(queries.tolist())) == 16 and queries.max() < 32 for _, queries in drawn)
+    assert [q.tolist() for _, q in draw(recipe, 3, 4, 32)] == [q.tolist() for _, q in draw(recipe, 3, 4, 32)]
+
+
+def test_the_papers_step_sees_one_block():
+    recipe = Recipe.paper()
+    blocks = {int(draw(recipe, step, 48, 8192)[0][1][0]) for step in range(100)}
+    assert all(first % 256 == 0 for first in blocks) and len(blocks) > 20
+    assert draw(recipe, 0, 48, 8192)[0][1].diff().eq(1).all()
+
+
+def test_the_rate_warms_up_and_falls():
+    recipe = tiny_recipe(steps=100, warmup=10, learning_rate=1.0)
+    assert [learning_rate(recipe, step) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert learning_rate(recipe, 10) == pytest.approx(1.0) and learning_rate(recipe, 99) == pytest.approx(
+        0.01, abs=1e-3
+    )
+    assert learning_rate(dataclasses.replace(recipe, schedule="constant"), 99) == 1.0
