@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,3 +49,36 @@ def to_pages() -> Callable[..., tuple[Tensor, ...]]:
         return (table.to(torch.int32), *pages)
 
     return paginate
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of two layers and a tokenizer of one token a byte."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    from tests.tiny import build
+
+    special = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = special | {letter: place for place, letter in enumerate(alphabet, len(special))}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    marks = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    folder = tmp_path_factory.mktemp("tiny-model")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **marks).save_pretrained(folder)
+    build("llama", vocab_size=len(vocabulary), max_position_embeddings=2048).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_maps_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random maps for the model in `tiny_model_folder`."""
+    from hashattention import HashMaps, MapsConfig, load_model
+    from hashattention.models.describe import describe
+
+    base = describe(load_model(tiny_model_folder).model)
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("tiny-maps")
+    HashMaps(MapsConfig(bits=32, widths=(8,)), base).save_pretrained(folder)
+    return folder

@@ -55,8 +55,8 @@ def grid(cells: Sequence[Sequence[str]], columns: Sequence[str] = (), title: str
     """Rows as a plain table; the first `left` columns (all, without headings) are aligned left. Nothing for no rows."""
     if not cells:
         return ""
-    heading = {"title": escape(title) or None, "title_justify": "left", "show_header": bool(columns)}
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, **heading)
+    table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD, show_header=bool(columns))
+    table.show_edge = table.pad_edge = False
     for index, column in enumerate(columns or [""] * len(cells[0])):
         words = " ".join([column, *(row[index] for row in cells)]).split()
         # A number is never broken, a long path may be.
