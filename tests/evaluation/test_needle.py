@@ -64,7 +64,7 @@ def test_a_template_that_rewrites_the_text_is_refused(tokenizer) -> None:
 
 @pytest.mark.parametrize("depths", [(0.1, 0.5), (0.1, 0.5, 1.2), (-0.1, 0.5, 0.6)])
 def test_bad_depths(tokenizer, depths: tuple[float, ...]) -> None:
-    with pytest.raises(InputError, match="one depth in 0..1 for each of 3 facts"):
+    with pytest.raises(InputError, match=r"one depth in 0\.\.1 for each of 3 facts"):
         plant(TEXT, FACTS, depths, 1000, tokenizer)
 
 

@@ -51,7 +51,7 @@ def methods(metrics: dict[str, Any]) -> list[list[str]]:
     return [
         [
             _share(row["heavy"]),
-            name,
+            name.replace("_", " "),
             *(_number(values.get(field)) for field in ("error", "ratio", "kept_mass", "recall")),
         ]
         for row in metrics.get("budgets", [])
