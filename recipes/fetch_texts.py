@@ -5,10 +5,10 @@ Needs a Debian system (`apt-get download`, `dpkg-deb`), nothing else; no package
 
     python recipes/fetch_texts.py --out texts
 
-writes `texts/{train,heldout,test}/{novel,manual,code}/*.txt`. Documents are disjoint between the sides; the order and the
-split depend on the packages' content alone. `train` and `heldout` come from the same packages: what is tried is chosen on
-`heldout`. `test` comes from other packages and from the second half of *Persuasion*, the novel whose opening is the
-demo's: the numbers that are reported are measured there.
+writes `texts/{train,heldout,test}/{novel,manual,code}/*.txt`. Documents are disjoint between the sides; the order and
+the split depend on the packages' content alone. `train` and `heldout` come from the same packages: what is tried is
+chosen on `heldout`. `test` comes from other packages and from the second half of *Persuasion*, the novel whose opening
+is the demo's: the numbers that are reported are measured there.
 """
 
 from __future__ import annotations

@@ -89,8 +89,9 @@ def test_folder_round_trip(tmp_path, name, dtype):
     assert again.config == maps.config
     assert again.model == maps.model
     assert again.training_info == {"steps": 3}
-    for mine, theirs in zip(maps.state_dict().values(), again.state_dict().values(), strict=True):
-        assert torch.equal(mine.to(dtype).float(), theirs)
+    for name, mine in maps.state_dict().items():
+        kept = mine.to(dtype).float() if ".weights." in name else mine
+        assert torch.equal(kept, again.state_dict()[name])
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["config.json", "model.safetensors"]
 
 

@@ -120,13 +120,17 @@ class HashMaps(nn.Module):
                 )
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write the maps folder (``config.json``, ``model.safetensors``) with weights in `dtype`."""
+        """Write the maps folder (``config.json``, ``model.safetensors``): weights in `dtype`, biases in float32.
+
+        The first stage's bias holds the inputs' mean, which may be far from zero; it is small and stays exact.
+        """
         config = {
             "base_model": dataclasses.asdict(self.model),
             "maps": dataclasses.asdict(self.config),
             "training": self.training_info,
         }
-        artifact.write(folder, config, {name: tensor.detach().to(dtype) for name, tensor in self.state_dict().items()})
+        tensors = {n: t.detach().to(dtype if ".weights." in n else torch.float32) for n, t in self.state_dict().items()}
+        artifact.write(folder, config, tensors)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], model: BaseModel | None = None) -> HashMaps:

@@ -25,12 +25,17 @@ def train(
     text: Annotated[
         list[str] | None, typer.Option(help="A file, a folder or datasets:NAME; may be repeated. Default: OpenWebText.")
     ] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Text for the metrics, as --text. Default: other documents of --text.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="group, paper, or a TOML file.")] = "group",
     context: Annotated[int | None, typer.Option(help="Tokens of a training sequence.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     sequences: Annotated[int | None, typer.Option(help="Training sequences.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored, on a CPU float32.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
@@ -42,11 +47,13 @@ def train(
     chosen = adjust(Recipe.named(recipe), context=context, steps=steps, sequences=sequences)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder, new or of an interrupted run.")
-    texts = None if text is None else [name.removeprefix(DATASET) for name in text]
-    where, kind = parse_device(device), parse_dtype(dtype)
+    texts, other = (given and [name.removeprefix(DATASET) for name in given] for given in (text, held_out))
+    where = parse_device(device)
+    # CPUs multiply float32 faster than what models are stored in.
+    kind = parse_dtype("float32" if where == "cpu" and dtype is None else dtype)
     with progress(console()) as report:
         loaded = load(model, where, kind, report)
-        done = run(loaded, texts, out, chosen, resume=resume, progress=report)
+        done = run(loaded, texts, out, chosen, held_out_texts=other, resume=resume, progress=report)
     shown = console()
     shown.print(grid(rows.methods(done["metrics"]), rows.METHOD_COLUMNS, "held-out quality, mean over layers", left=2))
     shown.print(f"maps: {out}", soft_wrap=True)

@@ -127,12 +127,12 @@ def _run(
     optimiser = _optimiser(student, recipe)
     done = _load(path, student, optimiser)
     report(done)
+    held = samples.read(0, student.first, student.last).query.shape[2]
     for step in range(done, recipe.steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(recipe, step)
         optimiser.zero_grad(set_to_none=True)
         hard = step >= recipe.straight_through * recipe.steps
-        held = samples.read(0, student.first, student.last).query.shape[2]
         for index, queries in draw(recipe, step, len(samples), held):
             _backward(student, samples, index, queries, hard, device)
         optimiser.step()
