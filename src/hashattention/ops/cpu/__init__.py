@@ -42,7 +42,9 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
 
 def _refuse_fallback(tensor: Tensor) -> str | None:
     # Only integers have room for a position beside the score.
-    return None if tensor.dtype in (torch.int32, torch.int8) else f"without native kernels {tensor.dtype} is left to torch"
+    return (
+        None if tensor.dtype in (torch.int32, torch.int8) else f"without native kernels {tensor.dtype} is left to torch"
+    )
 
 
 @functools.cache

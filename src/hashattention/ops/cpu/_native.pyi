@@ -7,14 +7,10 @@ class Pages:
     def __init__(self, table: int, per_row: int, size: int, count: int, /) -> None: ...
 
 class Bounds:
-    def __init__(
-        self, start: int, end: int, budgets: int, mask: int, mask_stride: int, capacity: int, /
-    ) -> None: ...
+    def __init__(self, start: int, end: int, budgets: int, mask: int, mask_stride: int, capacity: int, /) -> None: ...
 
 class Cache:
-    def __init__(
-        self, values: int, request_stride: int, head_stride: int, token_stride: int, dim: int, /
-    ) -> None: ...
+    def __init__(self, values: int, request_stride: int, head_stride: int, token_stride: int, dim: int, /) -> None: ...
 
 class Codes:
     def __init__(

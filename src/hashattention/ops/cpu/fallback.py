@@ -11,15 +11,13 @@ from hashattention.ops import reference
 
 def _weights(code: Tensor, signature_heads: int) -> Tensor:
     """Integer weights int32 ``[B, Hs, Hc / Hs, 32 W]`` of any code."""
-    if code.dtype == torch.int32:
-        weights = reference.unpack_bits(code).to(torch.int32) * 2 - 1
-    else:
-        weights = code.to(torch.int32)
+    packed = code.dtype == torch.int32
+    weights = reference.unpack_bits(code).to(torch.int32) * 2 - 1 if packed else code.to(torch.int32)
     return weights.squeeze(2).unflatten(1, (signature_heads, -1))
 
 
 def _score_head(weights: Tensor, words: np.ndarray) -> np.ndarray:
-    """Scores int32 ``[T]`` of weights ``[32 W]`` against words uint32 ``[T, W]``, one popcount per bit of the weights."""
+    """Scores int32 ``[T]`` of weights ``[32 W]`` against words uint32 ``[T, W]``: one popcount per bit of a weight."""
     size, sign = weights.abs(), reference.pack_bits(weights > 0).numpy().view(np.uint32)
     agreeing = ~(words ^ sign)
     out = np.full(len(words), -int(size.sum()), dtype=np.int32)

@@ -41,9 +41,7 @@ def _codes(
     shape = _native.Shape(batch, heads, *sizes)
     strides = signatures.stride(0), signatures.stride(1)
     packed = code.dtype == torch.int32
-    codes = _native.Codes(
-        code.data_ptr(), packed, shape, signatures.data_ptr(), *strides, _pages(signatures, table)
-    )
+    codes = _native.Codes(code.data_ptr(), packed, shape, signatures.data_ptr(), *strides, _pages(signatures, table))
     return codes, (code, signatures, table)
 
 
@@ -74,8 +72,9 @@ def select(
     scores = scores.contiguous()
     bounds, kept = _bounds(start, end, budgets, capacity, mask)
     indices, counts = budgets.new_empty((*scores.shape[:2], capacity)), budgets.new_empty(scores.shape[:2])
-    addresses = indices.data_ptr(), counts.data_ptr()
-    _native.select(scores.data_ptr(), scores.dtype == torch.float32, *scores.shape, bounds, *addresses)
+    batch, heads, tokens = scores.shape
+    real = scores.dtype == torch.float32
+    _native.select(scores.data_ptr(), real, batch, heads, tokens, bounds, indices.data_ptr(), counts.data_ptr())
     del kept
     return indices, counts
 
@@ -101,7 +100,7 @@ def score_select(
 
 
 def _cache(cache: Tensor) -> _native.Cache:
-    return _native.Cache(cache.data_ptr(), *cache.stride()[:3], cache.shape[3])
+    return _native.Cache(cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2), cache.shape[3])
 
 
 def attend(
@@ -125,8 +124,8 @@ def attend(
     sizes = batch, query_heads, k.shape[1], indices.shape[1], _tokens(k, table), indices.shape[2]
     caches = _cache(k), _cache(v), _pages(k, table)
     query = q.data_ptr(), DTYPES[q.dtype], q.stride(0), q.stride(1), DTYPES[k.dtype]
-    rows = indices.data_ptr(), counts.data_ptr(), scale, softcap
-    _native.attend(*query, *sizes, *caches, *rows, out.data_ptr(), logsumexp.data_ptr())
+    rows, outputs = (indices.data_ptr(), counts.data_ptr()), (out.data_ptr(), logsumexp.data_ptr())
+    _native.attend(*query, *sizes, *caches, *rows, scale, softcap, *outputs)
     return out, logsumexp
 
 
