@@ -4,6 +4,7 @@ import pytest
 from tests.selectors.steps import BUDGETS, SHAPES, chosen, context, split, step_at, valid_tokens
 
 from hashattention.cache import TokenCache
+from hashattention.config import Budget
 from hashattention.selectors.h2o import H2oSelector
 
 
@@ -64,3 +65,10 @@ def test_an_evicted_token_stays_away_however_well_it_would_fit():
 
 def test_one_number_a_token():
     assert H2oSelector().auxiliary_bits(128) == 32
+
+
+def test_a_larger_budget_does_not_bring_evicted_tokens_back():
+    data, side, selector = context(2, 1, 40, (0,)), TokenCache(), H2oSelector()
+    first = selector.select(step_at(39, *data, (0,), Budget(heavy=5, sink=1, local=2), side))
+    second = selector.select(step_at(40, *data, (0,), Budget(heavy=30, sink=1, local=2), side))
+    assert chosen(second, 0, 0) == [*chosen(first, 0, 0), 39]

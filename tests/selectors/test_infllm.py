@@ -9,14 +9,13 @@ from hashattention.selectors.infllm import InfLlmSelector
 
 
 def block_logits(queries, keys, step, request, block, representatives):
-    """Mean logit of each block's representatives: the keys with the largest product with the block's mean key."""
+    """Mean logit of each block's representatives: the keys with the smallest norm."""
     valid, first = valid_tokens(step, request), int(step.extent.start[request])
     out = torch.full((len(queries), step.extent.tokens), -torch.inf, dtype=torch.float64)
     for border in range(first, step.extent.tokens, block):
         members = [token for token in range(border, border + block) if token in valid]
         if members:
-            mean = keys[members].mean(0)
-            ranked = sorted(members, key=lambda token: -(keys[token] @ mean).item())[:representatives]
+            ranked = sorted(members, key=lambda token: keys[token].norm().item())[:representatives]
             out[:, members] = (sum(queries @ keys[token] for token in ranked) / len(ranked))[:, None]
     return out * step.scale
 

@@ -6,7 +6,7 @@ from tests.selectors.steps import CASES, SHAPES, best, chosen, pool, ragged_step
 
 from hashattention.config import Budget
 from hashattention.errors import ConfigError
-from hashattention.selectors.top_p import TopPSelector
+from hashattention.selectors.top_p import TopPSelector, reach
 
 
 def needed(weights, step, request, p):
@@ -53,3 +53,11 @@ def test_a_share_outside_its_range_is_refused(p):
 
 def test_every_key_is_read():
     assert TopPSelector().auxiliary_bits(128) == 2048
+
+
+def test_tokens_without_weight_are_never_needed():
+    weights = torch.tensor([[0.1, 0.2, 0.0, 0.6, 0.0]], dtype=torch.float64)
+    candidates = torch.tensor([[True, True, True, False, True]])
+    assert reach(weights, candidates, 1.0).tolist() == [[True, True, False, False, False]]
+    assert reach(weights, candidates, 0.75).tolist() == [[False, True, False, False, False]]
+    assert not reach(weights, candidates, 0.6).any()

@@ -14,10 +14,10 @@ class H2oSelector(Selector):
     """Keep the heavy hitters by accumulated attention weight, per KV head (the group's weights are summed).
 
     The paper accumulates the weights of every query, the prompt's included. A selector sees the sparse queries alone,
-    so the first of a context starts the accumulation with its weights over all tokens; from then on each step adds its
-    weights over the tokens that it attended to (the paper's rule: what was evicted gains nothing). Replaying a longer
-    `sparse_tail` brings the start closer to the paper's. A crop of the cache forgets tokens, not the attention that
-    they paid to others.
+    so the first of a context starts the accumulation with its weights over all tokens, which is kinder than the paper
+    to queries that resemble it; from then on each step adds its weights over the tokens that it attended to (the
+    paper's rule: what was evicted gains nothing). A longer `sparse_tail` accumulates more of the prompt. A crop of the
+    cache forgets tokens, not the attention that they paid to others.
 
     Parameters
     ----------

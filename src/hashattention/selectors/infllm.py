@@ -15,10 +15,11 @@ class InfLlmSelector(ScoredSelector):
     """Select whole blocks by the summed logits of their representative keys, the last block cut to the budget.
 
     The paper's representatives are the tokens that the queries after them attended to most: these queries belong to
-    the prompt, which a selector does not see. Here they are the keys with the largest inner product with their block's
-    mean key. The sum of q.k over representatives needs their mean alone, so one vector a block is kept (as in the
-    authors' code). The paper gives all heads of a layer one selection by the sum of their scores; here each KV head
-    has its own (``pooling="logits"``), and tokens keep the positions that the model gave them.
+    the prompt, which a selector does not see. Here they are the keys with the smallest norm, which attract the most
+    attention (Devoto et al., arXiv 2406.11430). The sum of q.k over representatives needs their mean alone, so one
+    vector a block is kept (as in the authors' code). The paper gives all heads of a layer one selection by the sum of
+    their scores; here each KV head has its own (``pooling="logits"``), and tokens keep the positions that the model
+    gave them.
 
     Parameters
     ----------
@@ -50,8 +51,7 @@ class InfLlmSelector(ScoredSelector):
 
     def _summarise(self, keys: Tensor, present: Tensor) -> Tensor:
         real = keys.float().masked_fill(~present, 0)
-        mean = real.sum(3, keepdim=True) / present.sum(3, keepdim=True).clamp(min=1)
-        score = (real * mean).sum(-1).masked_fill(~present[..., 0], -torch.inf)
+        score = (-real.norm(dim=-1)).masked_fill(~present[..., 0], -torch.inf)
         best = score.topk(self.representatives, dim=-1)
         chosen = real.gather(3, best.indices[..., None].expand(*best.indices.shape, keys.shape[-1]))
         number = best.values.isfinite().sum(-1, keepdim=True).clamp(min=1)
