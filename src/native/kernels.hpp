@@ -69,8 +69,31 @@ struct Attention {
     float* logsumexp = nullptr;
 };
 
+// One stage of a map: weights [H, inputs, outputs] and biases [H, outputs], strides in elements between heads.
+struct Stage {
+    const void* weights = nullptr;
+    int64_t weight_stride = 0, inputs = 0, outputs = 0;
+    const void* biases = nullptr;
+    int64_t bias_stride = 0;
+};
+
+// Rows [B, H, T, in] float32 through a map: int8 codes and their scales, or packed signs where levels is 0.
+struct Encoding {
+    static constexpr int most_stages = 4;
+    const float* input = nullptr;
+    int64_t batch = 0, heads = 0, tokens = 0;
+    Stage stage[most_stages];
+    int stages = 0;
+    Dtype dtype = Dtype::float32;
+    int levels = 0;
+    void* out = nullptr;
+    float* scales = nullptr;
+};
+
 struct Kernels {
     const char* name;
+    void (*encode)(const Encoding&);
+    void (*pack)(const float* logits, int64_t rows, int64_t bits, int32_t* words);
     void (*score)(const Codes&, int32_t* out);
     void (*select)(const Scores&, const Bounds&, const Chosen&);
     void (*score_select)(const Codes&, const Bounds&, const Chosen&);

@@ -103,6 +103,29 @@ NB_MODULE(_native, m) {
     m.def("instruction_sets", &instruction_sets, "Instruction sets this processor can run, best first.");
     m.def("active", [] { return std::string(active.load()->name); }, "The instruction set in use.");
     m.def("use", &use, "Use the kernels of one instruction set (for tests).");
+    nb::class_<Stage>(m, "Stage").def(
+        "__init__", [](Stage* self, uintptr_t weights, int64_t weight_stride, int64_t inputs, int64_t outputs,
+                       uintptr_t biases, int64_t bias_stride) {
+            new (self) Stage{at<const void>(weights), weight_stride, inputs, outputs, at<const void>(biases), bias_stride};
+        });
+    m.def("encode", [](uintptr_t input, int64_t batch, int64_t heads, int64_t tokens, const std::vector<Stage>& stages,
+                       int dtype, int levels, uintptr_t out, uintptr_t scales) {
+        if (stages.empty() || stages.size() > Encoding::most_stages) throw std::invalid_argument("1 to 4 stages");
+        Encoding e;
+        e.input = at<const float>(input);
+        e.batch = batch, e.heads = heads, e.tokens = tokens;
+        for (const Stage& stage : stages) e.stage[e.stages++] = stage;
+        e.dtype = static_cast<Dtype>(dtype), e.levels = levels;
+        e.out = at<void>(out), e.scales = at<float>(scales);
+        nb::gil_scoped_release release;
+        active.load()->encode(e);
+    });
+    m.def(
+        "pack",
+        [](uintptr_t logits, int64_t rows, int64_t bits, uintptr_t words) {
+            active.load()->pack(at<const float>(logits), rows, bits, at<int32_t>(words));
+        },
+        nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "score", [](const Codes& codes, uintptr_t out) { active.load()->score(codes, at<int32_t>(out)); },
         nb::call_guard<nb::gil_scoped_release>());

@@ -152,10 +152,64 @@ static void check_attend(Dtype dtype) {
     expect(allocations == before, "attend allocates nothing the second time");
 }
 
+static void check_encode() {
+    Encoding e;
+    e.batch = draw(1, 2), e.heads = draw(1, 3), e.tokens = draw(1, 2), e.stages = static_cast<int>(draw(1, 4));
+    e.levels = static_cast<int>(draw(0, 1) * 7);
+    std::vector<int64_t> widths;
+    for (int s = 0; s < e.stages; ++s) widths.push_back(draw(1, 70));
+    widths.push_back(32 * draw(1, 3));
+    const auto real = [](int64_t count) {
+        std::unique_ptr<float[]> values(new float[count]);
+        for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(draw(-100, 100)) / 128;
+        return values;
+    };
+    const int64_t rows = e.batch * e.heads * e.tokens, bits = widths.back();
+    auto input = real(rows * widths[0]);
+    std::vector<std::unique_ptr<float[]>> weights, biases;
+    for (int s = 0; s < e.stages; ++s) {
+        weights.push_back(real(e.heads * widths[s] * widths[s + 1])), biases.push_back(real(e.heads * widths[s + 1]));
+        e.stage[s] = {weights[s].get(), widths[s] * widths[s + 1], widths[s], widths[s + 1], biases[s].get(), widths[s + 1]};
+    }
+    std::unique_ptr<int8_t[]> code(new int8_t[rows * bits]);
+    std::unique_ptr<int32_t[]> words(new int32_t[rows * bits / 32]);
+    std::unique_ptr<float[]> scales(new float[rows]);
+    e.input = input.get(), e.scales = scales.get();
+    e.out = e.levels > 0 ? static_cast<void*>(code.get()) : words.get();
+    kernels::encode(e);
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t head = row / e.tokens % e.heads;
+        std::vector<double> x(input.get() + row * widths[0], input.get() + (row + 1) * widths[0]);
+        for (int s = 0; s < e.stages; ++s) {
+            std::vector<double> next(widths[s + 1]);
+            for (int64_t o = 0; o < widths[s + 1]; ++o) {
+                next[o] = biases[s][head * widths[s + 1] + o];
+                for (int64_t i = 0; i < widths[s]; ++i)
+                    next[o] += x[i] * weights[s][(head * widths[s] + i) * widths[s + 1] + o];
+                if (s + 1 < e.stages) next[o] /= 1 + exp(-next[o]);
+            }
+            x = next;
+        }
+        double largest = 0;
+        for (double logit : x) largest = std::max(largest, fabs(logit));
+        for (int64_t j = 0; j < bits; ++j) {
+            const bool bit = static_cast<uint32_t>(words[row * bits / 32 + j / 32]) >> (j % 32) & 1;
+            if (e.levels == 0)
+                expect(bit == (x[j] > 0) || fabs(x[j]) < 1e-4 * largest, "sign");
+            else
+                expect(fabs(code[row * bits + j] - x[j] / largest * e.levels) < 0.501, "code");
+        }
+    }
+    const long before = allocations;
+    kernels::encode(e);
+    expect(allocations == before, "encode allocates nothing the second time");
+}
+
 int main() {
     __sanitizer_install_malloc_and_free_hooks([](const volatile void*, size_t) { ++allocations; },
                                               [](const volatile void*) {});
     for (int turn = 0; turn < 60; ++turn) check_score_select();
+    for (int turn = 0; turn < 60; ++turn) check_encode();
     for (int turn = 0; turn < 15; ++turn) {
         check_attend<float>(Dtype::float32);
         check_attend<kernels::bfloat16>(Dtype::bfloat16);

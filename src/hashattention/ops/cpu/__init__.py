@@ -16,12 +16,31 @@ MISSING: str | None = None
 try:
     # torch is imported above: its OpenMP library is the one the kernels then use, so there is one pool of threads.
     from hashattention.ops.cpu import native
-    from hashattention.ops.cpu.native import attend, decode, score, score_select, select
+    from hashattention.ops.cpu.native import (
+        attend,
+        decode,
+        encode_query,
+        encode_signature,
+        score,
+        score_select,
+        select,
+    )
 except ImportError as error:
     MISSING = str(error)
     from hashattention.ops.cpu.fallback import score, score_select, select
 
-__all__ = ["MISSING", "attend", "decode", "refuse", "score", "score_select", "select"]
+__all__ = [
+    "MISSING",
+    "attend",
+    "decode",
+    "describe",
+    "encode_query",
+    "encode_signature",
+    "refuse",
+    "score",
+    "score_select",
+    "select",
+]
 
 
 def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
@@ -38,6 +57,11 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
     if op in ("attend", "decode") and tensor.dtype not in native.DTYPES:
         return f"needs queries in float32, bfloat16 or float16, given {tensor.dtype}"
     return None
+
+
+def describe() -> str:
+    """The instruction set in use, or what stands in for the native kernels."""
+    return "numpy" if MISSING is not None else native.instruction_set()
 
 
 def _refuse_fallback(tensor: Tensor) -> str | None:

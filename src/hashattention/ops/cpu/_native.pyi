@@ -25,6 +25,24 @@ class Codes:
         /,
     ) -> None: ...
 
+class Stage:
+    def __init__(
+        self, weights: int, weight_stride: int, inputs: int, outputs: int, biases: int, bias_stride: int, /
+    ) -> None: ...
+
+def encode(
+    input: int,
+    batch: int,
+    heads: int,
+    tokens: int,
+    stages: list[Stage],
+    dtype: int,
+    levels: int,
+    out: int,
+    scales: int,
+    /,
+) -> None: ...
+def pack(logits: int, rows: int, bits: int, words: int, /) -> None: ...
 def instruction_sets() -> list[str]: ...
 def active() -> str: ...
 def use(name: str, /) -> None: ...

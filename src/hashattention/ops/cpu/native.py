@@ -11,6 +11,58 @@ from hashattention.ops.cpu import _native
 #: The kernels' names of the floating-point types.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+#: Rows up to which reading the weights costs more than multiplying, and stages that the encode kernel holds.
+MOST_ROWS = 8
+MOST_STAGES = 4
+
+
+def instruction_set() -> str:
+    """The instruction set whose kernels run: avx512, avx2 or plain."""
+    return _native.active()
+
+
+def fits_encode(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> bool:
+    """Whether the encode kernel, whose cost is reading the weights, serves these few rows."""
+    rows, tensors = x.shape[0] * x.shape[2], [*weights, *biases]
+    dtypes = {tensor.dtype for tensor in tensors}
+    adjacent = all(weight.stride(2) == 1 and weight.stride(1) == weight.shape[2] for weight in weights)
+    flat = all(bias.stride(1) == 1 for bias in biases)
+    few = 0 < rows <= MOST_ROWS and len(weights) <= MOST_STAGES
+    return few and adjacent and flat and len(dtypes) == 1 and dtypes <= DTYPES.keys()
+
+
+def _encode(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels: int, out: Tensor, scales: Tensor) -> None:
+    x = x.float().contiguous()
+    stages = [
+        _native.Stage(w.data_ptr(), w.stride(0), w.shape[1], w.shape[2], b.data_ptr(), b.stride(0))
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    batch, heads, tokens, _ = x.shape
+    dtype = DTYPES[weights[0].dtype]
+    _native.encode(x.data_ptr(), batch, heads, tokens, stages, dtype, levels, out.data_ptr(), scales.data_ptr())
+
+
+def encode_query(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels: int) -> tuple[Tensor, Tensor]:
+    """As `reference.encode_query`, up to the order of float32 sums; many rows are a matrix product of torch's."""
+    if not fits_encode(x, weights, biases):
+        return reference.encode_query(x, weights, biases, levels)
+    code = x.new_empty((*x.shape[:3], weights[-1].shape[-1]), dtype=torch.int8)
+    scales = x.new_empty(x.shape[:3], dtype=torch.float32)
+    _encode(x, weights, biases, levels, code, scales)
+    return code, scales
+
+
+def encode_signature(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """As `reference.encode_signature`, up to the order of float32 sums; many rows are a matrix product of torch's."""
+    bits = weights[-1].shape[-1]
+    words = x.new_empty((*x.shape[:3], bits // 32), dtype=torch.int32)
+    if fits_encode(x, weights, biases):
+        _encode(x, weights, biases, 0, words, words)
+        return words
+    logits = reference.mlp(x, weights, biases).contiguous()
+    _native.pack(logits.data_ptr(), logits.numel() // bits, bits, words.data_ptr())
+    return words
+
 
 def _pages(cache: Tensor, block_table: Tensor | None) -> _native.Pages:
     if block_table is None:
@@ -146,13 +198,10 @@ def decode(
     mask: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The whole sparse step; encoding is torch's matrix product, so codes are those of `reference` bit for bit."""
+    """The whole sparse step: encode, score and select, attend."""
     batch, query_heads, _, dim = q.shape
     heads = weights[0].shape[0]
     x = q.reshape(batch, heads, 1, query_heads // heads * dim)
-    if levels:
-        code = reference.encode_query(x, weights, biases, levels)[0]
-    else:
-        code = reference.encode_signature(x, weights, biases)
+    code = encode_query(x, weights, biases, levels)[0] if levels else encode_signature(x, weights, biases)
     indices, counts = score_select(code, signatures, start, end, budgets, capacity, mask, block_table)
     return attend(q, k, v, indices, counts, scale, softcap, block_table)

@@ -1,0 +1,1 @@
+"""Benchmarks: one case at a time, correct first, then timed against named baselines in the same process."""

@@ -1,0 +1,118 @@
+"""Methods: what is timed on the inputs of a case: ours, its parts, and the named baselines of each device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional
+
+from hashattention import ops
+from hashattention.bench.cases import Inputs
+from hashattention.ops import reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What encode and select give on some inputs: the arguments of the later parts."""
+
+    code: Tensor
+    indices: Tensor
+    counts: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """`prepare(inputs, chosen)` gives the call that is timed; `kind` is ``"ours"``, ``"part"``, ``"dense"``,
+    ``"sparse"`` (a baseline over the same indices) or ``"slow"`` (the same result without kernels).
+    """
+
+    kind: str
+    prepare: Callable[[Inputs, Chosen], Callable[[], object]]
+
+
+def choose(inputs: Inputs) -> Chosen:
+    """Encode and select once."""
+    code, _ = ops.encode_query(_grouped(inputs), inputs.weights, inputs.biases, inputs.case.levels)
+    return Chosen(code, *ops.score_select(code, *_selection(inputs), levels=inputs.case.levels))
+
+
+def _grouped(inputs: Inputs) -> Tensor:
+    return ops.group_queries(inputs.q, inputs.case.sizes.kv_heads)
+
+
+def _selection(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    return inputs.signatures, inputs.start, inputs.end, inputs.budgets, inputs.capacity
+
+
+def _step(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    rest = {"levels": inputs.case.levels, "scale": inputs.scale}
+    caches, maps = (inputs.k, inputs.v, inputs.signatures), (inputs.weights, inputs.biases)
+    rows = inputs.start, inputs.end, inputs.budgets, inputs.capacity
+    return lambda: ops.decode(inputs.q, *caches, *maps, *rows, **rest)  # type: ignore[arg-type]
+
+
+def _encode(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    return lambda: ops.encode_query(_grouped(inputs), inputs.weights, inputs.biases, inputs.case.levels)
+
+
+def _select(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    return lambda: ops.score_select(chosen.code, *_selection(inputs), levels=inputs.case.levels)
+
+
+def _attend(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    arguments = inputs.q, inputs.k, inputs.v, chosen.indices, chosen.counts
+    return lambda: ops.attend(*arguments, scale=inputs.scale)
+
+
+def _sdpa_rows(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    # The queries of a group as rows of one attention: K and V are read once for all of them.
+    q = inputs.q.squeeze(2).unflatten(1, (inputs.k.shape[1], -1))
+    return lambda: functional.scaled_dot_product_attention(q, inputs.k, inputs.v)
+
+
+def _sdpa_gqa(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    return lambda: functional.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, enable_gqa=True)
+
+
+def gather_sdpa(inputs: Inputs, chosen: Chosen) -> Tensor:
+    """SDPA over the selected rows, gathered by torch; every row of `counts` must be full."""
+    q = inputs.q.squeeze(2).unflatten(1, (inputs.k.shape[1], -1))
+    index = chosen.indices.long().unsqueeze(-1)
+    keys, values = (cache.gather(2, index.expand(-1, -1, -1, cache.shape[-1])) for cache in (inputs.k, inputs.v))
+    return functional.scaled_dot_product_attention(q, keys, values).flatten(1, 2).unsqueeze(2)
+
+
+def _gather_sdpa(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    return lambda: gather_sdpa(inputs, chosen)
+
+
+def _reference_select(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    return lambda: reference.score_select(chosen.code, *_selection(inputs))
+
+
+def _reference_attend(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    arguments = inputs.q, inputs.k, inputs.v, chosen.indices, chosen.counts, inputs.scale
+    return lambda: reference.attend(*arguments)
+
+
+#: Ours whole, then its parts; the parts of `reference` show what the kernels are worth.
+OURS = {
+    "step": Method("ours", _step),
+    "encode": Method("part", _encode),
+    "score+select": Method("part", _select),
+    "attend": Method("part", _attend),
+}
+SLOW = {
+    "score+select, reference": Method("slow", _reference_select),
+    "attend, reference": Method("slow", _reference_attend),
+}
+#: Device type -> named baselines.
+BASELINES = {
+    "cpu": {
+        "dense SDPA, group as rows": Method("dense", _sdpa_rows),
+        "dense SDPA, enable_gqa": Method("dense", _sdpa_gqa),
+        "torch gather + SDPA": Method("sparse", _gather_sdpa),
+    },
+}

@@ -1,0 +1,86 @@
+"""Timing: interleaved rounds, so that a ratio compares calls a moment apart; a cold cache before every call."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from hashattention.errors import ConfigError
+
+#: More than the last-level cache of one socket: in a model, other layers pass through it between two calls.
+FLUSH_BYTES = 128 * 2**20
+
+#: The fewest samples of any function.
+LEAST = 5
+
+Functions = Mapping[str, Callable[[], object]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one function over its samples: 20th, 50th and 80th percentile, and how many there were."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    samples: int
+
+    @classmethod
+    def of(cls, milliseconds: list[float]) -> Timing:
+        """From samples in any order; a percentile is a sample, never a mean of two."""
+        ordered = sorted(milliseconds)
+        low, middle, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8))
+        return cls(low, middle, high, len(ordered))
+
+
+def time_on_cpu(functions: Functions, rounds: int, seconds: float) -> dict[str, Timing]:
+    """Time every function once a round, in turn.
+
+    Parameters
+    ----------
+    functions : mapping of str to callable
+    rounds : int
+        Samples of each, unless `seconds` are spent before.
+    seconds : float
+        Time for all; functions that are far slower than their share get `LEAST` samples.
+    """
+    flush = torch.ones(FLUSH_BYTES // 4)
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    began = time.perf_counter()
+    for turn in range(max(rounds, LEAST)):
+        spent = time.perf_counter() - began
+        if turn >= LEAST and spent > seconds:
+            break
+        for name, function in functions.items():
+            slow = turn >= LEAST and sum(samples[name]) / 1e3 > seconds / len(functions)
+            if slow:
+                continue
+            # Read, not written: other layers' weights leave no dirty lines behind.
+            flush.sum()
+            before = time.perf_counter()
+            function()
+            samples[name].append((time.perf_counter() - before) * 1e3)
+    return {name: Timing.of(taken) for name, taken in samples.items()}
+
+
+#: Device type -> how functions on it are timed.
+TIMERS: dict[str, Callable[[Functions, int, float], dict[str, Timing]]] = {"cpu": time_on_cpu}
+
+
+def time_functions(device: str, functions: Functions, rounds: int, seconds: float) -> dict[str, Timing]:
+    """Time `functions` as this device needs it.
+
+    Raises
+    ------
+    ConfigError
+        If no timer is known for the device.
+    """
+    kind = torch.device(device).type
+    if kind not in TIMERS:
+        raise ConfigError(f"no timer for device {device!r}; benchmarks run on {', '.join(TIMERS)}.")
+    return TIMERS[kind](functions, rounds, seconds)

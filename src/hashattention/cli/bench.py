@@ -1,0 +1,71 @@
+"""``hashattention bench``: measure the kernels of this machine against dense attention."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hashattention.cli.output import check_folder, console, emit, grid
+from hashattention.errors import ConfigError
+
+
+class Bench(enum.StrEnum):
+    """What to measure: the whole attention step against baselines, or each op against the reference."""
+
+    attention = "attention"
+    ops = "ops"
+
+
+COLUMNS = ("context", "density", "method", "p20 ms", "p50 ms", "p80 ms", "x dense", "roofline")
+
+
+def bench(
+    what: Annotated[Bench, typer.Argument(help="attention or ops.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    shape: Annotated[list[str] | None, typer.Option(help="A model's shape; may be repeated.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Cached tokens; may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Requests; may be repeated.")] = None,
+    density: Annotated[list[float] | None, typer.Option(help="Attended over all tokens; may be repeated.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="Bits of a signature; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each method.")] = 30,
+    seconds: Annotated[float, typer.Option(help="Time limit of a case.")] = 20.0,
+    out: Annotated[Path | None, typer.Option(help="A .jsonl file to append the rows to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Check the kernels against the reference, then time them against dense attention in the same process."""
+    from hashattention.bench.cases import SHAPES, Case
+    from hashattention.bench.run import run
+    from hashattention.cli.model import parse_dtype
+
+    shapes = shape or ["llama-3.1-8b"]
+    for name in shapes:
+        if name not in SHAPES:
+            raise ConfigError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}.")
+    if out is not None:
+        check_folder(out)
+    kind: Any = parse_dtype(dtype)
+    product = itertools.product(
+        shapes, context or [4096, 16384, 131072], batch or [1], density or [1 / 16], bits or [64]
+    )
+    cases = [Case(name, length, many, share, wide, dtype=kind) for name, length, many, share, wide in product]
+    rows = []
+    for row in run(what.value, cases, device, rounds, seconds):
+        rows.append(row)
+        if out is not None:
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    console().print(grid([_cells(row) for row in rows], COLUMNS, f"{what.value} on {device}", left=0))
+    if as_json:
+        emit({"rows": rows})
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    speedup = f"{row['speedup']:.2f}" if row["speedup"] else ""
+    times = (f"{row[name]:.3f}" for name in ("p20_ms", "p50_ms", "p80_ms"))
+    return (f"{row['context']:,}", f"{row['density']:.4f}", row["method"], *times, speedup, f"{row['roofline']:.0%}")
