@@ -9,6 +9,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from hashattention import __version__
+from hashattention.cli.bench import bench
 from hashattention.cli.demo import demo
 from hashattention.cli.env import env
 from hashattention.cli.generate import generate
@@ -67,5 +68,5 @@ def options(
     """Long-context decoding that reads only the tokens that matter."""
 
 
-for verb in (demo, train, generate, inspect, env):
+for verb in (demo, train, generate, inspect, bench, env):
     app.command()(verb)
