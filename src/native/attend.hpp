@@ -25,7 +25,7 @@ struct Rows {
 template <class Value>
 inline void prefetch(const Value* row, int64_t dim) {
     const char* p = reinterpret_cast<const char*>(row);
-    for (size_t i = 0; i < static_cast<size_t>(dim) * sizeof(Value); i += 64) __builtin_prefetch(p + i);
+    for (size_t i = 0; i < static_cast<size_t>(dim) * sizeof(Value); i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 // Addresses of the rows that `indices` name; negative or too large ones are clamped: no memory outside is ever read.
@@ -141,9 +141,13 @@ inline float step_softmax(const hashattention::Attention& a, float* logits, int6
 template <int Queries, class Value>
 inline void add_values(const float* weights, const float* kept, const Rows<Value>& rows, const Rows<Value>& ahead,
                        int64_t ahead_dim, int64_t dim, float* sums) {
-    int64_t d = 0, line = 0;
-    for (; d + 2 * lanes <= dim; d += 2 * lanes, line += 64) {
-        const bool fetch = line < ahead_dim * static_cast<int64_t>(sizeof(Value));
+    // The lines of `ahead` are spread over all turns, so that memory is never idle: one of every second row where there
+    // are twice as many turns as lines in a row.
+    const int64_t row_bytes = ahead_dim * static_cast<int64_t>(sizeof(Value));
+    const int64_t every = row_bytes * 4 * lanes <= dim * 64 ? 2 : 1;
+    int64_t d = 0;
+    for (int64_t turn = 0; d + 2 * lanes <= dim; d += 2 * lanes, ++turn) {
+        const int64_t line = turn / every * 64, fetched = line < row_bytes ? ahead.count : 0;
         Floats a[Queries], b[Queries];
         for (int q = 0; q < Queries; ++q) {
             a[q] = load(sums + q * dim + d) * kept[q];
@@ -151,7 +155,8 @@ inline void add_values(const float* weights, const float* kept, const Rows<Value
         }
         for (int64_t t = 0; t < rows.count; ++t) {
             const Floats v = load(rows.at[t] + d), w = load(rows.at[t] + d + lanes);
-            if (fetch && t < ahead.count) __builtin_prefetch(reinterpret_cast<const char*>(ahead.at[t]) + line);
+            if (t < fetched && (t + turn) % every == 0)
+                __builtin_prefetch(reinterpret_cast<const char*>(ahead.at[t]) + line, 0, 2);
             for (int q = 0; q < Queries; ++q) {
                 a[q] += v * weights[q * span + t];
                 b[q] += w * weights[q * span + t];
@@ -213,21 +218,25 @@ void attend_part(const hashattention::Attention& a, int64_t row, int64_t first, 
     }
     std::memset(sums, 0, static_cast<size_t>(group * a.value.dim) * 4);
     const int32_t* indices = a.indices + row * a.slots + first;
-    // Two sets of keys: those of the next span are on their way while this span's values are added.
-    Rows<Value> both[2], values;
+    // Fetched ahead of use by more than the latency of memory and a page walk: the values of the next span while keys
+    // are multiplied, the keys of the one after it while values are added.
+    Rows<Value> keys[3], values[2];
     const auto find = [&](const hashattention::Cache& cache, int64_t done, Rows<Value>& rows) {
-        const int64_t left = count - done;
-        find_rows(a, cache, request, kv_head, indices + done, clamp(left, 0, span), rows);
+        find_rows(a, cache, request, kv_head, indices + done, clamp(count - done, 0, span), rows);
     };
-    find(a.key, 0, both[0]);
-    for (int64_t i = 0; i < both[0].count; ++i) prefetch(both[0].at[i], a.key.dim);
-    for (int64_t done = 0, turn = 0; done < count; done += span, turn ^= 1) {
-        const Rows<Value>&keys = both[turn], &next = both[turn ^ 1];
-        find(a.value, done, values);
-        find(a.key, done + span, both[turn ^ 1]);
-        make_group_logits(query, group, a.key.dim, keys, values, a.value.dim, logits);
-        for (int64_t g = 0; g < group; ++g) kept[g] = step_softmax(a, logits + g * span, keys.count, states[g]);
-        add_group_values(logits, kept, values, next, a.key.dim, group, a.value.dim, sums);
+    const auto fetch = [](const Rows<Value>& rows, int64_t dim) {
+        for (int64_t i = 0; i < rows.count; ++i) prefetch(rows.at[i], dim);
+    };
+    find(a.key, 0, keys[0]), fetch(keys[0], a.key.dim);
+    find(a.value, 0, values[0]), fetch(values[0], a.value.dim);
+    find(a.key, span, keys[1]), fetch(keys[1], a.key.dim);
+    for (int64_t done = 0, turn = 0; done < count; done += span, ++turn) {
+        const Rows<Value>&now = keys[turn % 3], &next_values = values[(turn + 1) % 2], &later = keys[(turn + 2) % 3];
+        find(a.value, done + span, values[(turn + 1) % 2]);
+        find(a.key, done + 2 * span, keys[(turn + 2) % 3]);
+        make_group_logits(query, group, a.key.dim, now, next_values, a.value.dim, logits);
+        for (int64_t g = 0; g < group; ++g) kept[g] = step_softmax(a, logits + g * span, now.count, states[g]);
+        add_group_values(logits, kept, values[turn % 2], later, a.key.dim, group, a.value.dim, sums);
     }
 }
 

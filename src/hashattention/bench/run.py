@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -94,6 +95,7 @@ def _rows(
             "baseline": fastest,
             "speedup": dense[fastest] / timing.p50_ms if fastest else None,
             "threads": torch.get_num_threads(),
+            "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
             "backend": _backend(inputs),
             "gate": gate,
             "origin": origin,
