@@ -55,7 +55,13 @@ def grid(cells: Sequence[Sequence[str]], columns: Sequence[str] = (), title: str
     """Rows as a plain table; the first `left` columns (all, without headings) are aligned left. Nothing for no rows."""
     if not cells:
         return ""
-    table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD, show_header=bool(columns))
+    table = Table(
+        title=escape(title) or None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_header=bool(columns),
+    )
     table.show_edge = table.pad_edge = False
     for index, column in enumerate(columns or [""] * len(cells[0])):
         words = " ".join([column, *(row[index] for row in cells)]).split()

@@ -235,7 +235,7 @@ def run(loaded: LoadedModel, maps: HashMaps, config: DemoConfig, *, progress: Pr
     tell = progress or (lambda text, done, total: None)
     steps = 2 + len(config.choices)
     tell(f"reading {config.tokens} tokens", 0, steps)
-    reader = _read(loaded, config)
+    reader = read(loaded, config)
     settings = []
     for done, density in enumerate(config.choices, 1):
         tell("dense attention" if density is None else f"hash attention, density {density:g}", done, steps)
@@ -264,7 +264,8 @@ def backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     }
 
 
-def _read(loaded: LoadedModel, config: DemoConfig) -> Reader:
+def read(loaded: LoadedModel, config: DemoConfig) -> Reader:
+    """The shipped novel with `needle.FACTS` planted at `DEPTHS`, at most `config.tokens` long, read once by the model."""
     text = files("hashattention").joinpath("texts/persuasion.txt").read_text(encoding="utf-8")
     room = config.tokens
     while True:
