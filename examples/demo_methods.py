@@ -1,4 +1,4 @@
-"""The demo's questions, asked with other ways of choosing tokens at the same density: is an error the hash's or the model's?
+"""The demo's questions, asked with other ways of choosing tokens at the same density: whose is an error?
 
 python examples/demo_methods.py
 """

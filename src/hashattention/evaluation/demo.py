@@ -265,7 +265,7 @@ def backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def read(loaded: LoadedModel, config: DemoConfig) -> Reader:
-    """The shipped novel with `needle.FACTS` planted at `DEPTHS`, at most `config.tokens` long, read once by the model."""
+    """The shipped novel with `needle.FACTS` planted at `DEPTHS`, at most `config.tokens` long, read by the model."""
     text = files("hashattention").joinpath("texts/persuasion.txt").read_text(encoding="utf-8")
     room = config.tokens
     while True:
