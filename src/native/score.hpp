@@ -75,7 +75,12 @@ inline void load_keys(const int32_t* keys, int64_t words, int64_t word, Bytes (&
 
 template <int Run, int Words>
 void agree_blocks(const Part& part, const int32_t* keys, int64_t words, int64_t blocks, uint16_t* out, bool add) {
+    // The processor's own prefetching stops at every page. An address past the end is never looked at.
+    const int64_t bytes = 4 * block * words;
     for (int64_t i = 0; i < blocks; ++i, keys += block * words, out += block) {
+        const uintptr_t next = reinterpret_cast<uintptr_t>(keys) + 8192;
+        for (int64_t line = 0; line < bytes; line += 64)
+            __builtin_prefetch(reinterpret_cast<const void*>(next + static_cast<uintptr_t>(line)));
         Bytes even = zero(), odd = zero();
         for (int64_t word = 0; word < words; word += 2) {
             Bytes r[8], plane[8];
