@@ -2,7 +2,7 @@
 
 Maps are random unless a folder is given: the speed of a step does not depend on how good they are.
 
-    python recipes/decode_speed.py MODEL --text FILE --tokens 16384 32640 [--maps DIR] [--out results/cpu-generate.jsonl]
+    python recipes/decode_speed.py MODEL --text FILE --tokens 16384 32640 [--maps DIR] [--out ROWS.jsonl]
 """
 
 from __future__ import annotations
