@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from transformers import DynamicCache, StaticCache
 
 import hashattention
 from hashattention import Budget, HashMaps, MapsConfig, ops
+from hashattention.cache import TokenCache
 from hashattention.errors import ArtifactError, ConfigError, InputError, UnsupportedModelError
 from hashattention.integrations.transformers import SLOT, SelectedLayer
 from hashattention.models.describe import attention_modules, describe
 from hashattention.selectors.base import Selection, Selector, Step
+from hashattention.selectors.hash import HashSelector
 from hashattention.selectors.oracle import OracleSelector
 
 ALL = Budget(heavy=10_000)
@@ -149,24 +152,36 @@ def test_signatures_follow_the_cache(llama):
         assert cache.layers[0].side.nbytes() == 0
 
 
-def test_multi_turn_equals_one_cache_rebuilt(llama):
-    """A second turn on the kept cache gives what a fresh cache gives over the whole conversation."""
+@pytest.mark.parametrize("full", ["budget", "selector"])
+def test_a_second_turn_on_the_kept_cache_equals_dense(model, full):
+    """Covering everything by the budget, or selecting every token, over two turns of one conversation."""
     ids, _ = prompt(batch=1, padding=0)
-    maps = random_maps(llama)
-    budget = Budget(heavy=8, sink=2, local=3)
-    with torch.no_grad(), hashattention.attach(llama, maps, budget, min_context=0):
-        cache = DynamicCache(config=llama.config)
-        first = llama.generate(ids, max_new_tokens=5, past_key_values=cache)
+    maps, budget = (random_maps(model), ALL) if full == "budget" else (EveryToken(), FEW)
+
+    def converse():
+        cache = DynamicCache(config=model.config)
+        first = model.generate(ids, max_new_tokens=5, past_key_values=cache)
         second = torch.cat([first, ids[:, :6]], 1)
-        kept = llama.generate(second, max_new_tokens=5, past_key_values=cache)
-    with torch.no_grad(), hashattention.attach(llama, EveryToken(), budget, min_context=0):
-        cache = DynamicCache(config=llama.config)
-        first_dense = llama.generate(ids, max_new_tokens=5, past_key_values=cache)
-        turn = torch.cat([first_dense, ids[:, :6]], 1)
-        dense_kept = llama.generate(turn, max_new_tokens=5, past_key_values=cache)
-    assert torch.equal(dense_kept, llama.generate(turn, max_new_tokens=5))
-    assert kept.shape == (1, 40 + 5 + 6 + 5)
-    assert torch.equal(kept[:, :51], second)
+        return model.generate(second, max_new_tokens=5, past_key_values=cache)
+
+    dense = converse()
+    assert torch.equal(dense[:, 51:], model.generate(dense[:, :51], max_new_tokens=5)[:, 51:])
+    with hashattention.attach(model, maps, budget, min_context=0):
+        assert torch.equal(converse(), dense)
+
+
+def test_a_second_turn_reuses_the_signatures_of_the_first(llama):
+    """Few tokens, two turns: the kept cache selects what signatures made afresh from its keys select."""
+    ids, _ = prompt(batch=1, padding=0)
+    maps, budget, cache = random_maps(llama), Budget(heavy=8, sink=2, local=3), DynamicCache(config=llama.config)
+    seen = []
+    with hashattention.attach(llama, maps, budget, min_context=0, observer=lambda *row: seen.append(row)):
+        first = llama.generate(ids, max_new_tokens=5, past_key_values=cache)
+        llama.generate(torch.cat([first, ids[:, :6]], 1), max_new_tokens=5, past_key_values=cache)
+    assert {step.extent.tokens for step, _, _ in seen} == {41, 42, 43, 44, 52, 53, 54, 55}
+    for step, chosen, _ in seen:
+        afresh = HashSelector(maps).select(dataclasses.replace(step, side=TokenCache()))
+        assert torch.equal(chosen.indices, afresh.indices)
 
 
 def test_a_ragged_second_turn_has_holes_in_its_mask(llama):
