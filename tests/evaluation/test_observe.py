@@ -6,7 +6,7 @@ import torch
 from hashattention import ops
 from hashattention.cache import TokenCache
 from hashattention.config import Budget
-from hashattention.evaluation.observe import Recorder, dense_weights, selected_tokens
+from hashattention.evaluation.observe import Recorder, dense_weights
 from hashattention.rows import Extent
 from hashattention.selectors.base import Selection, Step
 from hashattention.selectors.oracle import OracleSelector
@@ -64,12 +64,12 @@ def test_error_and_mass_by_hand() -> None:
 def test_unused_slots_are_not_tokens() -> None:
     indices = torch.tensor([[[0, 5, -1, -1], [2, 3, 4, 6]]], dtype=torch.int32)
     counts = torch.tensor([[2, 4]], dtype=torch.int32)
-    kept = selected_tokens(Selection(indices, counts), 7)
+    kept = Selection(indices, counts).held(7)
     assert kept.shape == (1, 2, 7)
     assert [row.nonzero().flatten().tolist() for row in kept[0]] == [[0, 5], [2, 3, 4, 6]]
     poisoned = indices.clone()
     poisoned[0, 0, 2:] = 1
-    assert torch.equal(selected_tokens(Selection(poisoned, counts), 7), kept)
+    assert torch.equal(Selection(poisoned, counts).held(7), kept)
 
 
 def test_padding_and_holes_weigh_nothing() -> None:
@@ -87,7 +87,7 @@ def test_attention_is_the_strongest_head_and_nothing_outside_the_selection() -> 
     recorder = Recorder()
     recorder(step, selection, attended(step, selection))
     weights = recorder.attention()
-    chosen = selected_tokens(selection, TOKENS)[0].any(0)
+    chosen = selection.held(TOKENS)[0].any(0)
     assert weights.shape == (TOKENS,)
     assert torch.all((weights > 0) == chosen)
     assert 1 / 4 <= weights.max() <= 1

@@ -59,7 +59,7 @@ class Recorder:
         """Record one sparse step."""
         if step.extent.tokens < self.since:
             return
-        kept = selected_tokens(selection, step.extent.tokens)
+        kept = selection.held(step.extent.tokens)
         weights = dense_weights(step)
         per_head = kept.repeat_interleave(weights.shape[1] // kept.shape[1], dim=1)
         mass = (weights * per_head).sum(-1)
@@ -94,15 +94,6 @@ class Recorder:
             layer: sum(getattr(observation, field) for observation in found) / len(found)
             for layer, found in sorted(self.layers.items())
         }
-
-
-def selected_tokens(selection: Selection, tokens: int) -> Tensor:
-    """Which tokens each index set holds, bool ``[B, Hsel, tokens]``."""
-    held = selection.counts[..., None] > torch.arange(selection.indices.shape[-1], device=selection.indices.device)
-    # Slots that are not used all point at one spare place.
-    places = torch.where(held, selection.indices, tokens).long()
-    kept = torch.zeros((*places.shape[:2], tokens + 1), dtype=torch.bool, device=places.device)
-    return kept.scatter_(2, places, True)[..., :tokens]
 
 
 def dense_weights(step: Step) -> Tensor:
