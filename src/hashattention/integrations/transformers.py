@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from types import TracebackType
 from typing import Any
 
@@ -12,14 +11,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hashattention.attention import Observer, SparseAttention
 from hashattention.cache import TokenCache
 from hashattention.config import Budget
 from hashattention.errors import ConfigError, InputError, UnsupportedModelError
 from hashattention.maps import HashMaps
-from hashattention.models.describe import attention_modules, describe, text_config
+from hashattention.models.describe import attention_modules, dense_function, describe, text_config
 from hashattention.rows import Extent
 from hashattention.selectors.base import Selector
 from hashattention.selectors.hash import HashSelector
@@ -169,12 +167,6 @@ class Attachment:
                 f"padding mask [{batch}, {tokens}] (1 = a real token), as the tokenizer gives it."
             )
         return Extent.from_mask(self._mask.to(device), holes=self._holes)
-
-
-def dense_function(module: nn.Module, implementation: str) -> Any:
-    """The attention function that `implementation` names for this module."""
-    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own)
 
 
 def hash_attention(

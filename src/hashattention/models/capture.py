@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hashattention.config import BaseModel
+from hashattention.models.describe import dense_function
 
 IMPLEMENTATION = "hash_capture"
 #: Tokens read at once: bounds the activations of a long context.
@@ -157,15 +157,7 @@ def _attend(
     recorder, own = _RECORDER.get()
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     recorder.record(module.layer_idx, query, key, value, scale)  # type: ignore[arg-type]
-    result: tuple[Tensor, Tensor | None] = _implementation(module, own)(
+    result: tuple[Tensor, Tensor | None] = dense_function(module, own)(
         module, query, key, value, attention_mask, **kwargs
     )
     return result
-
-
-def _implementation(module: nn.Module, own: str) -> Any:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    # "eager" is no entry of the registry: every modelling file has its own function.
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)

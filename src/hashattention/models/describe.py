@@ -27,6 +27,15 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+def dense_function(module: nn.Module, implementation: str) -> Any:
+    """The attention function that the implementation's name means for this attention module."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    # "eager" is no entry of the registry: every modelling file has its own function.
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+
+
 def text_config(model: Any) -> Any:
     """The configuration of a model's text decoder."""
     return model.config.get_text_config(decoder=True)
