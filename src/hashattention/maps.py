@@ -44,6 +44,11 @@ class LayerMaps:
     key_weights: list[Tensor]
     key_biases: list[Tensor]
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> LayerMaps:
+        """The same map elsewhere or in another dtype; itself where nothing changes."""
+        stages = self.query_weights, self.query_biases, self.key_weights, self.key_biases
+        return LayerMaps(self.config, *([tensor.to(device, dtype) for tensor in each] for each in stages))
+
     def sign_keys(self, key: Tensor, *, backend: str = "auto") -> Tensor:
         """Signatures int32 ``[B, Hs, T, W]`` of keys ``[B, Hkv, T, D]``."""
         heads = self.key_weights[0].shape[0]

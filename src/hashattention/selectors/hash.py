@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from hashattention import ops
-from hashattention.maps import HashMaps
+from hashattention.maps import HashMaps, LayerMaps
 from hashattention.selectors.base import Selection, Selector, Step
 
 
@@ -22,10 +24,11 @@ class HashSelector(Selector):
         self.maps, self.backend = maps, backend
         self.share = maps.config.selection_share
         self.layers = maps.model.layers
+        self._ready: dict[int, LayerMaps] = {}
 
     def select(self, step: Step) -> Selection:
         """Sign the new keys, encode the query, score all signatures, select."""
-        layer = self.maps.layer(step.layer)
+        layer = self._layer(step)
         tokens = step.extent.tokens
         signatures = step.side.extend(
             (self.maps, "signatures"),
@@ -35,7 +38,16 @@ class HashSelector(Selector):
         rows = step.rows(self.share)
         code = layer.code_queries(step.query, backend=self.backend)
         bounds = rows.start, rows.end, rows.budgets, rows.capacity
-        return Selection(*ops.score_select(code, signatures, *bounds, mask=rows.mask, backend=self.backend))
+        options = {"mask": rows.mask, "levels": self.maps.config.levels, "backend": self.backend}
+        return Selection(*ops.score_select(code, signatures, *bounds, **options))
+
+    def _layer(self, step: Step) -> LayerMaps:
+        """The layer's map as it is used: on a GPU in the keys' own dtype, so that the products run on 16 bits."""
+        if step.layer not in self._ready:
+            short = step.key.is_cuda and step.key.dtype in (torch.bfloat16, torch.float16)
+            kind = step.key.dtype if short else torch.float32
+            self._ready[step.layer] = self.maps.layer(step.layer).to(step.key.device, kind)
+        return self._ready[step.layer]
 
     def auxiliary_bits(self, head_dim: int) -> float:
         """Bits of the signatures of one token and KV head."""
