@@ -38,8 +38,9 @@ class HashSelector(Selector):
         rows = step.rows(self.share)
         code = layer.code_queries(step.query, backend=self.backend)
         bounds = rows.start, rows.end, rows.budgets, rows.capacity
-        options = {"mask": rows.mask, "levels": self.maps.config.levels, "backend": self.backend}
-        return Selection(*ops.score_select(code, signatures, *bounds, **options))
+        levels = self.maps.config.levels
+        chosen = ops.score_select(code, signatures, *bounds, mask=rows.mask, levels=levels, backend=self.backend)
+        return Selection(*chosen)
 
     def _layer(self, step: Step) -> LayerMaps:
         """The layer's map as it is used: on a GPU in the keys' own dtype, so that the products run on 16 bits."""
