@@ -166,6 +166,32 @@ def test_any_number_of_threads(instruction_set: str, threads: int, alphabet: int
     assert torch.equal(native().score(code, signatures, 2), reference.score(code, signatures, 2))
 
 
+@pytest.mark.parametrize("kind", ["even", "ties", "clustered", "misleading high", "misleading low"])
+@pytest.mark.parametrize("heavy", [1, 500, 2500])
+def test_long_rows_whatever_their_order(instruction_set: str, kind: str, heavy: int) -> None:
+    """Best tokens spread, tied, in one place, or at regular places: exact all the same."""
+    tokens = 64 * 700
+    generator = torch.Generator().manual_seed(11)
+    code = torch.randint(-7, 8, (1, 1, 1, 64), generator=generator).to(torch.int8)
+    signatures = torch.randint(-(2**31), 2**31, (1, 1, tokens, 2), generator=generator).to(torch.int32)
+    best = reference.pack_bits(code[0, 0, 0] > 0)
+    sampled = torch.arange(tokens) % 700 < 128
+    chosen = {
+        "even": torch.zeros(tokens, dtype=torch.bool),
+        "ties": torch.arange(tokens) % 3 == 0,
+        "clustered": (torch.arange(tokens) > 20_000) & (torch.arange(tokens) < 21_000),
+        "misleading high": sampled & (torch.arange(tokens) % 40 == 0),
+        "misleading low": ~sampled & (torch.arange(tokens) % 2 == 0),
+    }[kind]
+    signatures[0, 0, chosen] = best
+    rows = torch.tensor([0], dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
+    budgets = torch.tensor([[[0, 0, heavy]]], dtype=torch.int32)
+    expected = reference.score_select(code, signatures, *rows, budgets, heavy)
+    got = native().score_select(code, signatures, *rows, budgets, heavy)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
 @needs_native
 def test_float_scores_order_as_torch_does() -> None:
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-42, -1e-42, 3.0, 3.0])
