@@ -19,33 +19,29 @@ def _rows_of(indices, slot, inside, request, table, s0, s2, table_width, page, P
 
 
 @triton.jit
-def _merge(
-    parts, maxima, sums, row, SPLITS: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr
-):  # fmt: skip
-    """Sum of the splits' parts, rescaled to their common maximum: out [RP, DVP], maximum and sum [RP].
-
-    The maximum of all comes first, so that no load of a part waits for the one before it.
-    """
+def _merge(parts, maxima, sums, splits, row, DV: tl.constexpr, DVP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr):
+    """Sum of the splits' parts, rescaled to their common maximum: out [RP, DVP], maximum and sum [RP]."""
     r, d = tl.arange(0, RP), tl.arange(0, DVP)
-    split = tl.arange(0, triton.next_power_of_2(SPLITS))
-    place = (row * SPLITS + split[:, None]) * R + r[None, :]
-    inside = (split < SPLITS)[:, None] & (r < R)[None, :]
-    m = tl.load(maxima + place, mask=inside, other=float("-inf"), cache_modifier=".cg")
-    s = tl.load(sums + place, mask=inside, other=0.0, cache_modifier=".cg")
-    top = tl.max(m, 0)
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(s * tl.exp2(m - safe[None, :]), 0)
+    top = tl.full((RP,), float("-inf"), tl.float32)
+    total = tl.zeros((RP,), tl.float32)
     out = tl.zeros((RP, DVP), tl.float32)
-    for i in tl.static_range(SPLITS):
-        here = (row * SPLITS + i) * R + r
-        own = tl.load(maxima + here, mask=r < R, other=float("-inf"), cache_modifier=".cg")
+    for split in range(0, splits):
+        place = (row * splits + split) * R + r
+        inside = r < R
+        m = tl.load(maxima + place, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        s = tl.load(sums + place, mask=inside, other=0.0, cache_modifier=".cg")
         part = tl.load(
-            parts + here[:, None] * DV + d[None, :],
-            mask=(r < R)[:, None] & (d < DV)[None, :],
+            parts + place[:, None] * DV + d[None, :],
+            mask=inside[:, None] & (d < DV)[None, :],
             other=0.0,
             cache_modifier=".cg",
         )
-        out += part * tl.exp2(own - safe)[:, None]
+        higher = tl.maximum(top, m)
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        old, new = tl.exp2(top - safe), tl.exp2(m - safe)
+        out = out * old[:, None] + part * new[:, None]
+        total = total * old + s * new
+        top = higher
     return out, top, total
 
 
@@ -103,7 +99,7 @@ def _attend(
         done = tl.atomic_add(tickets + row, 1, sem="acq_rel") == SPLITS - 1
     if done:
         if SPLITS > 1:
-            sum_v, top, total = _merge(parts, maxima, sums, row, SPLITS, DV, DVP, R, RP)
+            sum_v, top, total = _merge(parts, maxima, sums, SPLITS, row, DV, DVP, R, RP)
         result = sum_v / tl.where(total > 0, total, 1.0)[:, None]
         head_row = row * R + r
         tl.store(
@@ -116,8 +112,8 @@ def _attend(
 
 
 def splits_of(capacity: int, rows: int) -> int:
-    """Programs a row: about two a multiprocessor, none with fewer than 64 slots, and few enough to merge at once."""
-    return max(1, min(triton.cdiv(264, rows), triton.cdiv(capacity, 64), 16))
+    """Programs a row: enough for four a multiprocessor, none with fewer than 32 slots."""
+    return max(1, min(triton.cdiv(528, rows), triton.cdiv(capacity, 32), 64))
 
 
 def attend(

@@ -83,28 +83,6 @@ def count_matches(
 
 
 @triton.jit
-def load_planes(code, row, W: tl.constexpr, WP: tl.constexpr, PLANES: tl.constexpr):
-    """Weights int32 [WP, 32] of one integer code, and minus the sum of its negative ones (what makes all counts >= 0)."""
-    word, lane = tl.arange(0, WP), tl.arange(0, 32)
-    place = code + row * W * 32 + word[:, None] * 32 + lane[None, :]
-    weight = tl.load(place, mask=(word < W)[:, None], other=0).to(tl.int32)
-    return weight, -tl.sum(tl.sum(tl.minimum(weight, 0), 1), 0)
-
-
-@triton.jit
-def plane_of(weight, P: tl.constexpr):
-    """Bit P of all weights, packed: int32 [WP]."""
-    return tl.sum(((weight >> P) & 1) << tl.arange(0, 32)[None, :], 1)
-
-
-@triton.jit
-def weigh(keys, plane, P: tl.constexpr, PLANES: tl.constexpr):
-    """Matches of one plane, weighted in two's complement: int32 [tokens]."""
-    counted = tl.sum(count_bits(keys & plane[None, :]), 1) << P
-    return -counted if P == PLANES - 1 else counted
-
-
-@triton.jit
 def _score(
     code, signatures, table, out, tokens, code_heads, signature_heads, s0, s1, s2, table_width, page,
     W: tl.constexpr, WP: tl.constexpr, CODES: tl.constexpr, PLANES: tl.constexpr, PAGED: tl.constexpr, TILE: tl.constexpr,

@@ -11,15 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hashattention.ops.triton.score import (
-    count_matches,
-    load_planes,
-    load_signatures,
-    plane_of,
-    planes_of,
-    tokens_of,
-    weigh,
-)
+from hashattention.ops.triton.score import count_matches, planes_of, tokens_of
 
 #: Histogram entries; more score levels than this are refused.
 MOST_LEVELS = 4096
@@ -120,35 +112,14 @@ def _score_count(
     # Sink and local tokens need no score.
     low = tl.maximum(first, sink_stop)
     high = tl.minimum(first + chunk_tokens, local_begin)
-    ONE: tl.constexpr = CODES == 1 and PLANES > 0 and PLANES <= 4
-    if ONE:
-        # The group code: its planes are made once, not once a tile.
-        weight, lowest = load_planes(code, row, W, WP, PLANES)
-        plane0 = plane_of(weight, 0)
-        plane1 = plane_of(weight, 1) if PLANES > 1 else plane0
-        plane2 = plane_of(weight, 2) if PLANES > 2 else plane0
-        plane3 = plane_of(weight, 3) if PLANES > 3 else plane0
     for tile in range(first, first + chunk_tokens, TILE):
         if (tile < high) & (tile + TILE > low):
             token = tile + tl.arange(0, TILE)
             inside = (token >= low) & (token < high)
-            if ONE:
-                keys = load_signatures(
-                    signatures, table, request, head * signature_heads // code_heads, token, inside, s0, s1, s2, table_width,
-                    page, W, WP, PAGED,
-                )  # fmt: skip
-                matches = lowest + weigh(keys, plane0, 0, PLANES)
-                if PLANES > 1:
-                    matches += weigh(keys, plane1, 1, PLANES)
-                if PLANES > 2:
-                    matches += weigh(keys, plane2, 2, PLANES)
-                if PLANES > 3:
-                    matches += weigh(keys, plane3, 3, PLANES)
-            else:
-                matches = count_matches(
-                    code, signatures, table, request, head, token, inside, code_heads, signature_heads, s0, s1, s2,
-                    table_width, page, W, WP, CODES, PLANES, PAGED, True,
-                )  # fmt: skip
+            matches = count_matches(
+                code, signatures, table, request, head, token, inside, code_heads, signature_heads, s0, s1, s2, table_width, page,
+                W, WP, CODES, PLANES, PAGED, True,
+            )  # fmt: skip
             tl.store(scores + row * tokens + token, matches.to(tl.int16), mask=inside)
             histogram += tl.histogram(matches, BINS, mask=inside)
     tl.store(histograms + (row * chunks + chunk) * BINS + tl.arange(0, BINS), histogram)
