@@ -1,0 +1,151 @@
+"""CUDA C++ kernels for compute capability 9.0: the default group code's decode step in two launches, compiled by nvcc at first use.
+
+They serve 3-stage maps with one code, one signature and one selection a head; all else falls to the portable kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hashattention.ops.cuda.build import find_compiler
+from hashattention.ops.cuda.step import encode, launch, planes_of
+
+__all__ = ["decode", "decode_step", "refuse"]
+
+SHORT = (torch.float16, torch.bfloat16)
+
+
+def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    """Why these kernels cannot run `op` on tensors like `tensor`, or None."""
+    if tensor.device.type != "cuda":
+        return f"needs a CUDA tensor, given one on {tensor.device.type}"
+    if torch.cuda.get_device_capability(tensor.device)[0] != 9:
+        return "needs compute capability 9.0"
+    if find_compiler() is None:
+        return "needs nvcc (CUDA_HOME or PATH)"
+    if arguments.get("mask") is not None:
+        return "a mask with holes is not supported"
+    if tensor.numel() == 0:
+        return "empty tensors are left to the reference"
+    return (
+        _refuse_pages(arguments)
+        or _refuse_map(tensor, arguments)
+        or _refuse_attend(tensor, arguments)
+        or _refuse_signatures(arguments)
+    )
+
+
+def _refuse_pages(arguments: Mapping[str, Any]) -> str | None:
+    if arguments.get("block_table") is None:
+        return None
+    for name in ("k", "signatures"):
+        cache = arguments.get(name)
+        if cache is not None and (cache.shape[2] < 8 or cache.shape[2] & (cache.shape[2] - 1)):
+            return f"pages must hold a power of two of at least 8 tokens, {name}'s hold {cache.shape[2]}"
+    return None
+
+
+def _refuse_attend(q: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    k, v, heads = arguments["k"], arguments["v"], arguments["selection_heads"]
+    if q.dtype not in SHORT or k.dtype != q.dtype:
+        return f"needs q, k and v in fp16 or bf16 alike, given {q.dtype} and {k.dtype}"
+    if q.shape[-1] not in (64, 128, 256) or v.shape[-1] != q.shape[-1]:
+        return f"needs a head dimension of 64, 128 or 256, the same for v; given {q.shape[-1]} and {v.shape[-1]}"
+    if q.shape[1] // heads > 8:
+        return f"at most 8 query heads a selection head, given {q.shape[1] // heads}"
+    if any(t.stride(-1) != 1 or t.data_ptr() % 16 or any(s % 8 for s in t.stride()[:-1]) for t in (q, k, v)):
+        return "rows of q, k and v must be aligned to 16 bytes"
+    return None
+
+
+def _refuse_map(q: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    weights, heads = arguments["weights"], arguments["selection_heads"]
+    if len(weights) != 3 or weights[0].shape[0] != heads:
+        return "needs a map of 3 stages with one code a selection head"
+    if any(w.dtype != q.dtype or not w.is_contiguous() for w in weights):
+        return "needs contiguous weights of the dtype of q"
+    if any(w.shape[-1] not in (32, 64, 128, 256) for w in weights):
+        return "needs stages 32 to 256 wide"
+    return None
+
+
+def _refuse_signatures(arguments: Mapping[str, Any]) -> str | None:
+    signatures, levels = arguments["signatures"], arguments["levels"]
+    words = signatures.shape[-1]
+    if signatures.shape[1] != arguments["selection_heads"]:
+        return "needs one signature a selection head"
+    if words not in (1, 2, 4):
+        return f"needs signatures of 32, 64 or 128 bits, given {words * 32}"
+    if words * 32 * max(levels, 1) > 2045:
+        return f"{words * 32 * max(levels, 1) + 1} score levels a row, at most 2046 are counted"
+    if signatures.stride(2) != words or signatures.data_ptr() % 16 or any(s % 4 for s in signatures.stride()[:2]):
+        return "rows of signatures must be dense and aligned to 16 bytes"
+    return None
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    signatures: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    start: Tensor,
+    end: Tensor,
+    budgets: Tensor,
+    capacity: int,
+    levels: int,
+    scale: float,
+    softcap: float = 0.0,
+    block_table: Tensor | None = None,
+    new_key: tuple[Tensor, list[Tensor], list[Tensor]] | None = None,
+    shape: tuple[int, int] | None = None,
+    early: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The op `decode`; `new_key` (k ``[B, Hkv, 1, D]``, phi_k's weights and biases) is encoded in the same launch as q.
+
+    Its signature goes to position ``end[b] - 1``.
+    """
+    batch, heads = budgets.shape[:2]
+    bits = weights[-1].shape[-1]
+    planes = torch.empty((batch, heads, planes_of(levels) + 1, bits // 32), dtype=torch.int32, device=q.device)
+    out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
+    logsumexp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    x = q.view(batch, heads, 1, -1)
+    encode(x, weights, biases, levels, planes, (*new_key, signatures, end, block_table) if new_key else None)
+    tokens = signatures.shape[2] * (1 if block_table is None else block_table.shape[1])
+    tensors = {"planes": planes, "signatures": signatures, "start": start, "end": end, "budgets": budgets, "table": block_table}
+    tensors |= {"q": q, "k": k, "v": v, "out": out, "logsumexp": logsumexp}
+    launch(
+        0, heads=heads, batch=batch, capacity=capacity, bits=bits, levels=levels, tokens=tokens, tensors=tensors,
+        scale=scale, softcap=softcap, waits=early, shape=shape,
+    )  # fmt: skip
+    return out, logsumexp
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    signatures: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    start: Tensor,
+    end: Tensor,
+    budgets: Tensor,
+    capacity: int,
+    levels: int,
+    scale: float,
+    softcap: float = 0.0,
+    mask: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As the op `decode`, in two launches."""
+    maps = [w.contiguous() for w in weights], [b.to(q.dtype).contiguous() for b in biases]
+    bounds = (start.contiguous(), end.contiguous(), budgets.contiguous(), capacity)
+    table = None if block_table is None else block_table.contiguous()
+    return decode_step(q.contiguous(), k, v, signatures, *maps, *bounds, levels, scale, softcap, table)
