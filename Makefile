@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEV := .venv/.installed-dev
 RUN := .venv/.installed-all
+# What an installation depends on: an editable one compiles the native kernels too.
+BUILT := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := setup
@@ -24,11 +26,11 @@ lint: $(DEV)
 demo: $(if $(wildcard $(DEV)),$(DEV),$(RUN))
 	$(BIN)/hashattention demo
 
-$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+$(DEV): $(BUILT) | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-$(RUN): pyproject.toml constraints.txt | $(BIN)/python
+$(RUN): $(BUILT) | $(BIN)/python
 	$(PIP) -e '.[all]'
 	@touch $@
 

@@ -35,7 +35,7 @@ SHAPES = {
 #: Hidden widths of the query map, as `MapsConfig` has them by default.
 WIDTHS = (256, 256)
 
-#: Distinct random tokens of a cache; longer ones repeat them, which no kernel can profit from.
+#: Distinct random tokens of a cache on a CPU; longer ones repeat them elsewhere in memory, which no kernel can use.
 PATTERN = 4096
 
 
@@ -98,14 +98,17 @@ class Inputs:
 def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     """Random tensors of `case`: a group code, one signature and one index set per KV head."""
     generator = torch.Generator(device).manual_seed(seed)
-    sizes = case.sizes
+    sizes, on_gpu = case.sizes, torch.device(device).type == "cuda"
+    # As `HashSelector` keeps them: on a GPU in the dtype of the keys.
+    kind = case.dtype if on_gpu else torch.float32
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     def cache(tokens: int) -> Tensor:
-        pattern = draw(case.batch, sizes.kv_heads, min(tokens, PATTERN), sizes.head_dim, dtype=case.dtype)
-        times = -(-tokens // PATTERN)
+        distinct = tokens if on_gpu else min(tokens, PATTERN)
+        pattern = draw(case.batch, sizes.kv_heads, distinct, sizes.head_dim, dtype=case.dtype)
+        times = -(-tokens // distinct)
         return pattern if times == 1 else pattern.repeat(1, 1, times, 1)[:, :, :tokens]
 
     widths = [sizes.group * sizes.head_dim, *WIDTHS, case.bits]
@@ -120,8 +123,8 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         k=cache(case.context),
         v=cache(case.context),
         signatures=signatures.to(torch.int32),
-        weights=[draw(sizes.kv_heads, i, o) * i**-0.5 for i, o in pairs],
-        biases=[draw(sizes.kv_heads, o) * 0.1 for _, o in pairs],
+        weights=[(draw(sizes.kv_heads, i, o) * i**-0.5).to(kind) for i, o in pairs],
+        biases=[(draw(sizes.kv_heads, o) * 0.1).to(kind) for _, o in pairs],
         start=start,
         end=start + case.context,
         budgets=counts.expand(case.batch, sizes.kv_heads, 3).contiguous(),

@@ -22,6 +22,9 @@ class Chosen:
     counts: Tensor
 
 
+Prepare = Callable[[Inputs, Chosen], Callable[[], object]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """`prepare(inputs, chosen)` gives the call that is timed; `kind` is ``"ours"``, ``"part"``, ``"dense"``,
@@ -29,7 +32,7 @@ class Method:
     """
 
     kind: str
-    prepare: Callable[[Inputs, Chosen], Callable[[], object]]
+    prepare: Prepare
 
 
 def choose(inputs: Inputs) -> Chosen:
@@ -76,6 +79,23 @@ def _sdpa_gqa(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
     return lambda: functional.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, enable_gqa=True)
 
 
+def _forced(prepare: Prepare, backend: str) -> Prepare:
+    """The same call with one of SDPA's own backends and no other."""
+
+    def prepare_forced(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        call = prepare(inputs, chosen)
+
+        def forced() -> object:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return call()
+
+        return forced
+
+    return prepare_forced
+
+
 def gather_sdpa(inputs: Inputs, chosen: Chosen) -> Tensor:
     """SDPA over the selected rows, gathered by torch; every row of `counts` must be full."""
     q = inputs.q.squeeze(2).unflatten(1, (inputs.k.shape[1], -1))
@@ -113,6 +133,13 @@ BASELINES = {
     "cpu": {
         "dense SDPA, group as rows": Method("dense", _sdpa_rows),
         "dense SDPA, enable_gqa": Method("dense", _sdpa_gqa),
+        "torch gather + SDPA": Method("sparse", _gather_sdpa),
+    },
+    "cuda": {
+        "dense cuDNN, group as rows": Method("dense", _forced(_sdpa_rows, "CUDNN_ATTENTION")),
+        "dense cuDNN, enable_gqa": Method("dense", _forced(_sdpa_gqa, "CUDNN_ATTENTION")),
+        "dense flash, group as rows": Method("dense", _forced(_sdpa_rows, "FLASH_ATTENTION")),
+        "dense flash, enable_gqa": Method("dense", _forced(_sdpa_gqa, "FLASH_ATTENTION")),
         "torch gather + SDPA": Method("sparse", _gather_sdpa),
     },
 }

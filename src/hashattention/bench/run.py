@@ -96,14 +96,27 @@ def _rows(
             "speedup": dense[fastest] / timing.p50_ms if fastest else None,
             "threads": torch.get_num_threads(),
             "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
-            "backend": _backend(inputs),
+            "backend": _backend(inputs, name),
             "gate": gate,
             "origin": origin,
         }
 
 
-def _backend(inputs: Inputs) -> str:
+def _backend(inputs: Inputs, method: str) -> str:
     """Which kernels ran; on a CPU with their instruction set."""
     run = ops.dispatch.find("attend", inputs.q, k=inputs.k, v=inputs.v)
+    if method == "step":
+        fused = ops.dispatch.find_fused(
+            "decode",
+            inputs.q,
+            k=inputs.k,
+            v=inputs.v,
+            signatures=inputs.signatures,
+            weights=inputs.weights,
+            levels=inputs.case.levels,
+            selection_heads=inputs.case.sizes.kv_heads,
+            capacity=inputs.capacity,
+        )
+        run = fused or run
     backend = run.__module__.removeprefix("hashattention.ops.").split(".")[0]
     return f"cpu ({cpu.describe()})" if backend == "cpu" else backend

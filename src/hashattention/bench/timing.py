@@ -13,6 +13,9 @@ from hashattention.errors import ConfigError
 #: More than the last-level cache of one socket: in a model, other layers pass through it between two calls.
 FLUSH_BYTES = 128 * 2**20
 
+#: The same for the second-level cache of a GPU.
+GPU_FLUSH_BYTES = 384 * 2**20
+
 #: The fewest samples of any function.
 LEAST = 5
 
@@ -68,8 +71,45 @@ def time_on_cpu(functions: Functions, rounds: int, seconds: float) -> dict[str, 
     return {name: Timing.of(taken) for name, taken in samples.items()}
 
 
+def capture(function: Callable[[], object]) -> Callable[[], object]:
+    """Replay of a CUDA graph of one call, after two calls that compile and allocate."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def time_on_cuda(functions: Functions, rounds: int, seconds: float) -> dict[str, Timing]:
+    """As `time_on_cpu`, each function a captured graph between two events, queued behind a read of `GPU_FLUSH_BYTES`.
+
+    The time of an empty pair of events (some microseconds of launch) is part of every sample.
+    """
+    flush = torch.randn(GPU_FLUSH_BYTES // 4, device="cuda")
+    graphs = {name: capture(function) for name, function in functions.items()}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    began = time.perf_counter()
+    for turn in range(max(rounds, LEAST)):
+        if turn >= LEAST and time.perf_counter() - began > seconds:
+            break
+        for name, replay in graphs.items():
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.sum()
+            before.record()
+            replay()
+            after.record()
+            torch.cuda.synchronize()
+            samples[name].append(before.elapsed_time(after))
+    return {name: Timing.of(taken) for name, taken in samples.items()}
+
+
 #: Device type -> how functions on it are timed.
-TIMERS: dict[str, Callable[[Functions, int, float], dict[str, Timing]]] = {"cpu": time_on_cpu}
+TIMERS: dict[str, Callable[[Functions, int, float], dict[str, Timing]]] = {"cpu": time_on_cpu, "cuda": time_on_cuda}
 
 
 def time_functions(device: str, functions: Functions, rounds: int, seconds: float) -> dict[str, Timing]:

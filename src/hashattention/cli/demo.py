@@ -29,7 +29,9 @@ def demo(
         Path | None, typer.Option(help="Also write the table there, or between the demo markers of that file.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the fast one.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 (default on a CPU), bfloat16 or float16; else as stored.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Ask a small model for three facts hidden in a novel: dense, and attending to few tokens."""
@@ -58,8 +60,7 @@ def _run(
     check_dependencies()
     config = DemoConfig(tuple(density), tokens) if density else DemoConfig(tokens=tokens)
     where = parse_device(device)
-    # Few processors multiply bfloat16 fast; float32 is fast on all of them.
-    kind = parse_dtype(dtype or ("float32" if where == "cpu" else "bfloat16"))
+    kind = parse_dtype(dtype, where)
     loaded_maps = HashMaps.from_pretrained(maps)
     with progress(console()) as report:
         loaded = load(model, where, kind, report)

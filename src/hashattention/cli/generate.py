@@ -32,7 +32,9 @@ def generate(
         bool | None, typer.Option("--chat/--no-chat", help="Use the chat format; by default if the model has one.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 (default on a CPU), bfloat16 or float16; else as stored.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="End stdout with one JSON object, the text inside it.")
     ] = False,
@@ -46,7 +48,8 @@ def generate(
     budget = Budget(density=density)
     prompt = read_prompt(prompt_file)
     loaded_maps = None if dense or maps is None else HashMaps.from_pretrained(maps)
-    where, kind = parse_device(device), parse_dtype(dtype)
+    where = parse_device(device)
+    kind = parse_dtype(dtype, where)
     with progress(console()) as report:
         loaded = load(model, where, kind, report)
     base = describe(loaded.model)

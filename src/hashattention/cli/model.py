@@ -22,8 +22,8 @@ def load(name: str, device: str, dtype: Any, report: Progress) -> LoadedModel:
     return load_model(name, dtype=dtype, device=device, progress=report)
 
 
-def parse_dtype(name: str | None) -> Any:
-    """The torch dtype of a name; None stays None (as stored).
+def parse_dtype(name: str | None, device: str = "") -> Any:
+    """The torch dtype of a name; without one float32 on a CPU, elsewhere None (as stored).
 
     Raises
     ------
@@ -35,6 +35,9 @@ def parse_dtype(name: str | None) -> Any:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name is not None and name not in known:
         raise ConfigError(f"dtype must be one of {', '.join(known)}; given {name!r}.")
+    if name is None and device.startswith("cpu"):
+        # Few CPUs multiply fast in the 16-bit types that models are stored in.
+        return torch.float32
     return None if name is None else known[name]
 
 

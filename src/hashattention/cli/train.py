@@ -49,8 +49,7 @@ def train(
         raise InputError(f"--out {out} is a file; give a folder, new or of an interrupted run.")
     texts, other = (given and [name.removeprefix(DATASET) for name in given] for given in (text, held_out))
     where = parse_device(device)
-    # CPUs multiply float32 faster than what models are stored in.
-    kind = parse_dtype("float32" if where == "cpu" and dtype is None else dtype)
+    kind = parse_dtype(dtype, where)
     with progress(console()) as report:
         loaded = load(model, where, kind, report)
         done = run(loaded, texts, out, chosen, held_out_texts=other, resume=resume, progress=report)

@@ -147,7 +147,8 @@ def _decode(  # type: ignore[no-untyped-def]
     block_table,
     backend,
 ):
-    features = {"k": k, "v": v, "code": None, "weights": weights, "selection_heads": budgets.shape[1], "levels": levels}
+    features = {"k": k, "v": v, "signatures": signatures, "code": None, "weights": weights}
+    features |= {"selection_heads": budgets.shape[1], "levels": levels}
     fused = dispatch.find_fused("decode", q, backend, **features, capacity=capacity, mask=mask, block_table=block_table)
     if fused is not None:
         maps = (list(weights), list(biases))

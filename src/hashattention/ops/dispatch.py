@@ -22,14 +22,17 @@ logger = logging.getLogger(__name__)
 
 #: Backend name -> module, best first. `reference` runs everything everywhere.
 MODULES = {
+    "cuda": "hashattention.ops.cuda",
     "triton": "hashattention.ops.triton",
     "cpu": "hashattention.ops.cpu",
     "reference": "hashattention.ops.reference",
 }
 
 
+#: Backends that have whole steps and no parts to make them of.
+FUSED_ONLY = frozenset({"cuda"})
 #: Backends that an automatic choice takes for CUDA tensors alone, and does not import for others.
-CUDA_ONLY = frozenset({"triton"})
+CUDA_ONLY = frozenset({"cuda", "triton"})
 
 
 def refusal(backend: str, op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
@@ -83,6 +86,8 @@ def find(op: str, tensor: Tensor, backend: str = "auto", **arguments: Any) -> Ca
 def find_fused(op: str, tensor: Tensor, backend: str = "auto", **arguments: Any) -> Callable[..., Any] | None:
     """The first backend's single function for an `op` that is else made of other ops, or None: then make it of them."""
     arguments["named"] = backend != "auto"
+    if backend in FUSED_ONLY and (reason := refusal(backend, op, tensor, arguments)) is not None:
+        raise BackendError(f"backend {backend!r} cannot run {op} on {tensor.device}: {reason}. Use backend='auto'.")
     for name in MODULES if backend == "auto" else (backend,):
         if name != "reference" and name in MODULES and refusal(name, op, tensor, arguments) is None:
             if backend == "auto":

@@ -141,7 +141,9 @@ class Student:
         return soft_round(query, self.config.levels) if hard else query, key
 
     def folded(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors of `HashMaps` (its names) for these layers, normalisation folded in, weights rounded to `dtype`."""
+        """The tensors of `HashMaps` (its names) for these layers, normalisation folded in, weights rounded to
+        `dtype`.
+        """
         folded = {name: tensor.detach() for name, tensor in self.tensors.items() if name != "sharpness"}
         for name, moments in zip(("query", "key"), self.moments, strict=True):
             first = f"{name}.weights.0", f"{name}.biases.0"

@@ -1,4 +1,6 @@
-"""Compile every kernel, as its launcher calls it, for each GPU generation; print one JSON line a kernel. Run as a script: needs no GPU."""
+"""Compile every kernel, as its launcher calls it, for each GPU generation; print one JSON line a kernel. Run as a
+script: needs no GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ import sys
 import tempfile
 
 os.environ["TRITON_INTERPRET"] = "0"
+
+import itertools
 
 import torch
 import triton
@@ -72,7 +76,7 @@ def main(arch: int) -> None:
     JITFunction.run = lambda self, *args, grid, warmup, **options: compile_launch(self, arch, args, options)  # type: ignore[method-assign]
     heads, dim, tokens = 8, 128, 8192
     widths = [4 * dim, 256, 256, 64]
-    maps = [torch.zeros(heads, a, b, dtype=torch.bfloat16) for a, b in zip(widths, widths[1:], strict=False)]
+    maps = [torch.zeros(heads, a, b, dtype=torch.bfloat16) for a, b in itertools.pairwise(widths)]
     biases = [torch.zeros(heads, b, dtype=torch.bfloat16) for b in widths[1:]]
     q, k = (
         torch.zeros(1, 4 * heads, 1, dim, dtype=torch.bfloat16),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from hashattention.errors import BackendError
 def make(heads: int, group: int, tokens: int, device: str, maps: int | None = None) -> tuple:
     dim, batch, maps = 16, 2, maps or heads
     widths = [dim * heads * group // maps, 32, 32, 64]
-    weights = [torch.randn(maps, a, b, device=device) / a**0.5 for a, b in zip(widths, widths[1:], strict=False)]
+    weights = [torch.randn(maps, a, b, device=device) / a**0.5 for a, b in itertools.pairwise(widths)]
     biases = [torch.randn(maps, b, device=device) / 10 for b in widths[1:]]
     q = torch.randn(batch, heads * group, 1, dim, device=device)
     k, v = (torch.randn(batch, heads, tokens, dim, device=device) for _ in range(2))

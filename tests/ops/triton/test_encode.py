@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ SHAPES = [(24, 64), (24, 40, 32), (48, 96, 80, 64), (128, 64, 64, 96)]
 
 
 def make_map(heads: int, widths: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[Tensor]]:
-    pairs = list(zip(widths, widths[1:], strict=False))
+    pairs = list(itertools.pairwise(widths))
     weights = [torch.randn(heads, a, b, device=device).to(dtype) / a**0.5 for a, b in pairs]
     return weights, [torch.randn(heads, b, device=device).to(dtype) / 10 for _, b in pairs]
 

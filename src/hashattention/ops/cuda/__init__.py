@@ -1,4 +1,4 @@
-"""CUDA C++ kernels for compute capability 9.0: the default group code's decode step in two launches, compiled by nvcc at first use.
+"""CUDA C++ kernels for compute capability 9.0: the group code's decode step in two launches, compiled at first use.
 
 They serve 3-stage maps with one code, one signature and one selection a head; all else falls to the portable kernels.
 """
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from hashattention.ops.cuda.build import find_compiler
-from hashattention.ops.cuda.step import encode, launch, planes_of
+from hashattention.ops.cuda.step import ALONE, encode, launch, planes_of
 
 __all__ = ["decode", "decode_step", "refuse"]
 
 SHORT = (torch.float16, torch.bfloat16)
+#: Shared memory of a block for all but its scores and its selected tokens, at most.
+RESERVED_BYTES = 48 * 1024
 
 
 def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
@@ -33,6 +35,7 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
         return "empty tensors are left to the reference"
     return (
         _refuse_pages(arguments)
+        or _refuse_length(arguments)
         or _refuse_map(tensor, arguments)
         or _refuse_attend(tensor, arguments)
         or _refuse_signatures(arguments)
@@ -47,6 +50,14 @@ def _refuse_pages(arguments: Mapping[str, Any]) -> str | None:
         if cache is not None and (cache.shape[2] < 8 or cache.shape[2] & (cache.shape[2] - 1)):
             return f"pages must hold a power of two of at least 8 tokens, {name}'s hold {cache.shape[2]}"
     return None
+
+
+def _refuse_length(arguments: Mapping[str, Any]) -> str | None:
+    signatures, table = arguments["signatures"], arguments.get("block_table")
+    tokens = signatures.shape[2] * (1 if table is None else table.shape[1])
+    # A cluster of 16 blocks keeps two bytes a token and four a selected one.
+    held = (2 * tokens + 4 * arguments["capacity"]) // 16 + RESERVED_BYTES
+    return f"{tokens} tokens a row are more than a cluster's shared memory holds" if held > ALONE else None
 
 
 def _refuse_attend(q: Tensor, arguments: Mapping[str, Any]) -> str | None:
@@ -118,8 +129,14 @@ def decode_step(
     x = q.view(batch, heads, 1, -1)
     encode(x, weights, biases, levels, planes, (*new_key, signatures, end, block_table) if new_key else None)
     tokens = signatures.shape[2] * (1 if block_table is None else block_table.shape[1])
-    tensors = {"planes": planes, "signatures": signatures, "start": start, "end": end, "budgets": budgets, "table": block_table}
-    tensors |= {"q": q, "k": k, "v": v, "out": out, "logsumexp": logsumexp}
+    tensors: dict[str, Tensor | None] = {
+        "planes": planes,
+        "signatures": signatures,
+        "start": start,
+        "end": end,
+        "budgets": budgets,
+    }
+    tensors |= {"table": block_table, "q": q, "k": k, "v": v, "out": out, "logsumexp": logsumexp}
     launch(
         0, heads=heads, batch=batch, capacity=capacity, bits=bits, levels=levels, tokens=tokens, tensors=tensors,
         scale=scale, softcap=softcap, waits=early, shape=shape,
@@ -145,7 +162,8 @@ def decode(
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the op `decode`, in two launches."""
-    maps = [w.contiguous() for w in weights], [b.to(q.dtype).contiguous() for b in biases]
-    bounds = (start.contiguous(), end.contiguous(), budgets.contiguous(), capacity)
+    maps = [w.contiguous() for w in weights], [b.float().contiguous() for b in biases]
+    start, end, budgets = start.contiguous(), end.contiguous(), budgets.contiguous()
     table = None if block_table is None else block_table.contiguous()
-    return decode_step(q.contiguous(), k, v, signatures, *maps, *bounds, levels, scale, softcap, table)
+    q = q.contiguous()
+    return decode_step(q, k, v, signatures, *maps, start, end, budgets, capacity, levels, scale, softcap, table)

@@ -39,18 +39,21 @@ def load(name: str, **constants: int) -> ctypes.CDLL:
         If nvcc is missing or refuses the source.
     """
     source = SOURCES / f"{name}.cu"
-    flags = ["-O3", "-std=c++17", "-gencode=arch=compute_90,code=sm_90", "--shared", "-Xcompiler", "-fPIC,-fno-gnu-unique"]
+    # Without -fno-gnu-unique the statics of one library would serve every other one in the process.
+    flags = ["-O3", "-std=c++17", "-gencode=arch=compute_90,code=sm_90", "--shared"]
+    flags += ["-Xcompiler", "-fPIC,-fno-gnu-unique"]
     flags += [f"-D{key}={value}" for key, value in sorted(constants.items())]
     digest = hashlib.sha256(source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
     library = cache_folder() / f"{name}-{digest}.so"
     if not library.exists():
         compiler = find_compiler()
         if compiler is None:
-            raise BackendError("the CUDA backend needs nvcc: set CUDA_HOME or put nvcc on the PATH, or use backend='triton'.")
+            raise BackendError("needs nvcc: set CUDA_HOME or put nvcc on the PATH, or use backend='triton'.")
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name
-            done = subprocess.run([compiler, *flags, str(source), "-o", str(made)], capture_output=True, text=True, check=False)
+            command = [compiler, *flags, str(source), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise BackendError(f"nvcc could not compile {source.name}: {done.stderr[-2000:]}")
             os.replace(made, library)

@@ -21,7 +21,7 @@ extern "C" int read_profile(long long* to) { return cudaMemcpyFromSymbol(to, pro
 struct Map {
     const void* x;                // [B, H, in], strides in entries
     const void* weights[3];       // [H, in, out]
-    const void* biases[3];        // [H, out]
+    const void* biases[3];        // float32 [H, out]
     int64_t x0, x1;
     int heads;
 };
@@ -121,7 +121,7 @@ __device__ __forceinline__ void share(cg::cluster_group& cluster, const float* s
     int rank = cluster.block_rank();
     for (int i = threadIdx.x; i < inputs * COLUMNS * BLOCKS; i += THREADS) {
         int column = i % COLUMNS, block = i / COLUMNS % BLOCKS, t = i / COLUMNS / BLOCKS;
-        float total = widen(static_cast<const Short*>(bias)[int64_t(head) * OUT + rank * COLUMNS + column]);
+        float total = static_cast<const float*>(bias)[int64_t(head) * OUT + rank * COLUMNS + column];
 #pragma unroll
         for (int w = 0; w < THREADS / 32; w++) total += sums[(t * (THREADS / 32) + w) * COLUMNS + column];
         if (SILU) total = total / (1 + __expf(-total));
@@ -179,8 +179,13 @@ __device__ __forceinline__ void encode(const Arguments& a, const Map& map, int h
     MARK(1);
     for (int first = blockIdx.z * TILE; first < a.batch; first += gridDim.z * TILE) {
         int inputs = min(TILE, a.batch - first);
-        for (int i = threadIdx.x; i < inputs * IN; i += THREADS)
-            x[i] = widen(static_cast<const Short*>(map.x)[(first + i / IN) * map.x0 + head * map.x1 + i % IN]);
+#pragma unroll
+        for (int i = threadIdx.x; i < TILE * IN / 8; i += THREADS) {
+            if (i * 8 >= inputs * IN) break;
+            uint4 from = *reinterpret_cast<const uint4*>(static_cast<const Short*>(map.x) + (first + i * 8 / IN) * map.x0 + head * map.x1 + i * 8 % IN);
+            float2* to = reinterpret_cast<float2*>(x + i * 8);
+            to[0] = widen(from.x), to[1] = widen(from.y), to[2] = widen(from.z), to[3] = widen(from.w);
+        }
         __syncthreads();
         MARK(2);
         slice0.multiply(x, IN, inputs, sums);
@@ -207,7 +212,7 @@ __device__ __forceinline__ void encode(const Arguments& a, const Map& map, int h
 }
 
 __global__ void __launch_bounds__(THREADS) encode_all(const __grid_constant__ Arguments a) {
-    __shared__ float x[TILE * WIDEST], sums[TILE * (THREADS / 32) * LARGEST / BLOCKS], hidden0[TILE * HIDDEN0], hidden1[TILE * HIDDEN1], logits[TILE * BITS];
+    __shared__ __align__(16) float x[TILE * WIDEST], sums[TILE * (THREADS / 32) * LARGEST / BLOCKS], hidden0[TILE * HIDDEN0], hidden1[TILE * HIDDEN1], logits[TILE * BITS];
     asm volatile("griddepcontrol.launch_dependents;");
     MARK(0);
 #if KEY_IN

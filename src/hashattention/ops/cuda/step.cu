@@ -36,8 +36,7 @@ struct Arguments {
     float scale, softcap;
 };
 
-constexpr int PER_VECTOR = 4 / WORDS;   // tokens in 16 bytes of signatures
-constexpr int UNROLL = 8;
+constexpr int UNROLL = 16;
 constexpr float LOG2E = 1.4426950408889634f;
 
 __device__ __forceinline__ uint4 load16(const void* p) {
@@ -81,88 +80,104 @@ __device__ Row read_row(const Arguments& a, int request, int64_t row) {
 }
 
 // Shared memory, in this order; the scores are used again for the parts of the output.
+// Blocks of a cluster only ever write to each other's memory, between two barriers: no remote read waits on a round trip.
 struct Shared {
-    int* counts;    // BINS + 1: own histogram, then its suffix sums
-    int* total;     // BINS + 1: suffix sums of the whole row
-    int* slice;     // BINS: this block's share of the reduction
+    int* counts;    // BINS + 4: own histogram, then its suffix sums
+    int* total;     // BINS + 4: suffix sums of the whole row
+    int* before;    // BINS + 4: suffix sums of the blocks before this one
+    int* slices;    // BINS: every block's suffix sums of the bins that this block reduces
     int* warps;     // 64
     int* facts;     // 16
-    float* stats;   // 2 * 8 of the block, for the cluster
-    float* part;    // ROWS * HEAD_DIM of the block, for the cluster
+    float* stats;   // 16 * 16: every block's maximum and sum of each row
+    float* parts;   // ROWS * HEAD_DIM: every block's part of the outputs that this block merges
     int* list;      // list_capacity
     uint16_t* scores;
 
     __device__ Shared(char* base, const Arguments& a) {
         counts = reinterpret_cast<int*>(base);
         total = counts + BINS + 4;
-        slice = total + BINS + 4;
-        warps = slice + BINS;
+        before = total + BINS + 4;
+        slices = before + BINS + 4;
+        warps = slices + BINS;
         facts = warps + 64;
         stats = reinterpret_cast<float*>(facts + 16);
-        part = stats + 16;
-        list = reinterpret_cast<int*>(part + ROWS * HEAD_DIM);
+        parts = stats + 256;
+        list = reinterpret_cast<int*>(parts + ROWS * HEAD_DIM);
         scores = reinterpret_cast<uint16_t*>(list + a.list_capacity);
     }
 };
 
-__device__ __forceinline__ int count_matches(const uint32_t* key, const uint32_t (&planes)[PLANES + 1][WORDS]) {
-    int total = 0;
-#pragma unroll
-    for (int p = 0; p < PLANES; p++) {
-        int count = 0;
-#pragma unroll
-        for (int w = 0; w < WORDS; w++) count += __popc((key[w] ^ planes[0][w]) & planes[p + 1][w]);
-        total += count << p;
-    }
-    return total;
+// Tokens of one 128-bit row of the product, plane slots a token, products a row.
+constexpr int TOKENS = 4 / WORDS, SLOTS = PLANES <= 4 ? 4 : 8, PRODUCTS = (TOKENS * SLOTS + 7) / 8;
+
+// d[row, column] = population count of (16 rows of 128 key bits) and (8 columns of planes).
+__device__ __forceinline__ void count_and(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a0), "r"(a1), "r"(b), "r"(0));
 }
 
+// A candidate's entry is its matches + 1, any other's 0. A warp takes 64 words of signatures at a time: 16 rows.
 template <int THREADS>
 __device__ void score(const Arguments& a, Shared& s, const Row& row, int first, int segment, int request, int head, int64_t row_id, bool wait) {
-    // A candidate's entry is its matches + 1, any other's 0.
-    const char* base = reinterpret_cast<const char*>(a.signatures + head * a.s1);
+    constexpr int WARPS = THREADS / 32;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
+    const uint32_t* base = a.signatures + head * a.s1 + (PAGED ? 0 : request * a.s0);
     const int* table = a.table + int64_t(request) * a.table_width;
-    if (!PAGED) base += request * a.s0 * 4;
-    uint32_t planes[PLANES + 1][WORDS];
-    int vectors = segment / PER_VECTOR;
-    for (int begin = 0; begin < vectors; begin += THREADS * UNROLL) {
-        uint4 key[UNROLL];
+    uint32_t sign = 0, columns[PRODUCTS];
+    int words = max(0, min(segment, row.local_begin - first)) * WORDS, groups = (words + 63) / 64;
+    for (int begin = warp; begin < groups || begin == warp; begin += WARPS * UNROLL) {
+        uint32_t key[UNROLL][2];
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            int vector = begin + u * THREADS + threadIdx.x;
-            int token = first + vector * PER_VECTOR;
-            key[u] = make_uint4(0, 0, 0, 0);
-            if (vector < vectors && token < row.local_begin) {
-                int64_t offset = int64_t(token) * WORDS;
-                if (PAGED) offset = table[token >> a.page_shift_s] * a.s0 + (token & ((1 << a.page_shift_s) - 1)) * WORDS;
-                key[u] = load16(base + offset * 4);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int word = (begin + u * WARPS) * 64 + half * 32 + lane;
+                key[u][half] = 0;
+                if (word < words) {
+                    int64_t offset = int64_t(first) * WORDS + word;
+                    if (PAGED) {
+                        int token = first + word / WORDS;
+                        offset = table[token >> a.page_shift_s] * a.s0 + (token & ((1 << a.page_shift_s) - 1)) * WORDS + word % WORDS;
+                    }
+                    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(key[u][half]) : "l"(base + offset));
+                }
             }
         }
-        if (begin == 0) {
+        if (begin == warp) {
             if (wait) asm volatile("griddepcontrol.wait;" ::: "memory");
-            const uint32_t* from = a.planes + row_id * (PLANES + 1) * WORDS;
+            const uint32_t* planes = a.planes + row_id * (PLANES + 1) * WORDS;
+            sign = __ldcg(planes + c % WORDS);
 #pragma unroll
-            for (int i = 0; i < (PLANES + 1) * WORDS; i++) planes[i / WORDS][i % WORDS] = __ldcg(from + i);
+            for (int m = 0; m < PRODUCTS; m++) {
+                int token = (m * 8 + g) / SLOTS, plane = (m * 8 + g) % SLOTS;
+                columns[m] = token == c / WORDS && plane < PLANES ? __ldcg(planes + (plane + 1) * WORDS + c % WORDS) : 0;
+            }
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            int vector = begin + u * THREADS + threadIdx.x;
-            int token = first + vector * PER_VECTOR;
-            if (vector >= vectors) continue;
-            const uint32_t* words = reinterpret_cast<const uint32_t*>(&key[u]);
-            uint16_t entry[PER_VECTOR];
+            int group = begin + u * WARPS;
+            if (group >= groups) break;
 #pragma unroll
-            for (int i = 0; i < PER_VECTOR; i++) {
-                int matches = count_matches(words + i * WORDS, planes) + 1;
-                bool candidate = token + i >= row.sink_stop && token + i < row.local_begin;
-                entry[i] = candidate ? matches : 0;
-                if (candidate) atomicAdd(s.counts + matches, 1);
+            for (int m = 0; m < PRODUCTS; m++) {
+                int d[4];
+                count_and(d, key[u][0] ^ sign, key[u][1] ^ sign, columns[m]);
+                int shift = c * 2 % SLOTS;
+                // Both rows' sums in one word, so that one exchange adds both.
+                uint32_t sums = ((d[0] + 2 * d[1]) + ((d[2] + 2 * d[3]) << 16)) << shift;
+                sums += __shfl_xor_sync(~0u, sums, 1);
+                if (SLOTS == 8) sums += __shfl_xor_sync(~0u, sums, 2);
+                int in_row = (m * 8 + c * 2) / SLOTS;
+                int offset = (group * 16 + g + (c & 1) * 8) * TOKENS + in_row, token = first + offset;
+                bool mine = (SLOTS == 8 ? c < 2 : in_row < TOKENS) && offset < segment;
+                bool candidate = mine && token >= row.sink_stop && token < row.local_begin;
+                int entry = candidate ? ((c & 1 ? sums >> 16 : sums) & 0xffff) + 1 : 0;
+                if (candidate) atomicAdd(s.counts + entry, 1);
+                if (mine) s.scores[offset] = entry;
             }
-            if constexpr (PER_VECTOR == 4) reinterpret_cast<uint2*>(s.scores)[vector] = make_uint2(entry[0] | uint32_t(entry[1 % PER_VECTOR]) << 16, entry[2 % PER_VECTOR] | uint32_t(entry[3 % PER_VECTOR]) << 16);
-            else if constexpr (PER_VECTOR == 2) reinterpret_cast<uint32_t*>(s.scores)[vector] = entry[0] | uint32_t(entry[1 % PER_VECTOR]) << 16;
-            else s.scores[vector] = entry[0];
         }
     }
+    // The rest of the segment holds no candidate.
+    for (int i = groups * 16 * TOKENS + threadIdx.x; i < segment; i += THREADS) s.scores[i] = 0;
 }
 
 // counts[b] becomes the number of this block's entries >= b.
@@ -189,7 +204,7 @@ __device__ void suffix(Shared& s) {
 #pragma unroll
         for (int i = EACH - 1; i >= 0; i--) s.counts[bin + i] = before += own[i];
     }
-    if (threadIdx.x == 0) s.counts[BINS] = s.total[BINS] = 0;
+    if (threadIdx.x == 0) s.counts[BINS] = s.total[BINS] = s.before[BINS] = 0;
 }
 
 struct Border {
@@ -199,92 +214,97 @@ struct Border {
 template <int THREADS>
 __device__ Border find_border(cg::cluster_group& cluster, Shared& s, int heavy) {
     int blocks = cluster.num_blocks(), rank = cluster.block_rank();
-    int share = BINS / blocks;
+    int share = BINS / blocks, shift = __ffs(share) - 1;
+    __syncthreads();
+    cluster.barrier_wait();
+    for (int i = threadIdx.x; i < BINS; i += THREADS) cluster.map_shared_rank(s.slices, i >> shift)[rank * share + (i & (share - 1))] = s.counts[i];
     cluster.sync();
     MARK(12);
     for (int i = threadIdx.x; i < BINS; i += THREADS) {
-        const int* remote = cluster.map_shared_rank(s.counts, i / share);
-        atomicAdd(s.slice + i % share, remote[rank * share + i % share]);
+        int to = i >> shift, bin = i & (share - 1), sum = 0, before = 0;
+#pragma unroll 16
+        for (int j = 0; j < blocks; j++) {
+            if (j == to) before = sum;
+            sum += s.slices[j * share + bin];
+        }
+        cluster.map_shared_rank(s.total, to)[rank * share + bin] = sum;
+        cluster.map_shared_rank(s.before, to)[rank * share + bin] = before;
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < BINS; i += THREADS) cluster.map_shared_rank(s.total, i / share)[rank * share + i % share] = s.slice[i % share];
     MARK(13);
     cluster.sync();
     MARK(14);
     for (int i = threadIdx.x; i < BINS; i += THREADS) {
-        if (i > 0 && s.total[i] >= heavy && s.total[i + 1] < heavy + (heavy == 0)) {
-            if (heavy > 0 || i == BINS - 1) s.facts[0] = i;
-        }
+        if (heavy > 0 ? i > 0 && s.total[i] >= heavy && s.total[i + 1] < heavy : i == BINS - 1) s.facts[0] = i;
     }
     __syncthreads();
     Border b;
     b.entry = s.facts[0];
-    if (threadIdx.x < 32) {
-        int above = 0, equal = 0;
-        if (threadIdx.x < rank) {
-            const int* remote = cluster.map_shared_rank(s.counts, threadIdx.x);
-            above = remote[b.entry + 1];
-            equal = remote[b.entry] - above;
-        }
-        above = __reduce_add_sync(~0u, above);
-        equal = __reduce_add_sync(~0u, equal);
-        if (threadIdx.x == 0) s.facts[1] = above, s.facts[2] = equal;
-    }
+    b.above = s.before[b.entry + 1];
+    b.equal = s.before[b.entry] - b.above;
     b.heavy = min(heavy, s.total[1]);
     int ties = b.heavy - s.total[b.entry + 1];
     b.skip = b.entry > 0 ? s.total[b.entry] - s.total[b.entry + 1] - ties : 0x7fffffff;
     return b;
 }
 
-// The bits of `above` and `equal` say which of a lane's eight entries lie above and at the border.
-__device__ __forceinline__ void classify(const uint16_t* scores, int offset, int segment, int border, uint32_t& above, uint32_t& equal) {
-    above = equal = 0;
-    if (offset >= segment) return;
+// Bits 0..7: which of a lane's eight entries lie above the border; bits 8..15: which at it. Entries are below 2^15, so a
+// subtraction from each half of a word with its top bit set borrows nothing and leaves that bit where the half is as large.
+__device__ __forceinline__ uint32_t classify(const uint16_t* scores, int offset, int segment, uint32_t border) {
+    if (offset >= segment) return 0;
     uint4 x = *reinterpret_cast<const uint4*>(scores + offset);
     const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+    uint32_t found = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        int entry = (words[i / 2] >> (i % 2 * 16)) & 0xffff;
-        above |= uint32_t(entry > border) << i;
-        equal |= uint32_t(entry == border) << i;
+    for (int i = 0; i < 4; i++) {
+        uint32_t raised = words[i] | 0x80008000u;
+        uint32_t least = (raised - border) & 0x80008000u, above = (raised - border - 0x00010001u) & 0x80008000u, equal = least ^ above;
+        found |= (above >> 15 & 1) << (i * 2) | above >> 31 << (i * 2 + 1) | (equal >> 15 & 1) << (i * 2 + 8) | equal >> 31 << (i * 2 + 9);
     }
+    return found;
 }
+
+__device__ __forceinline__ int tally(uint32_t found) { return __popc(found & 0xff) | __popc(found & 0xff00) << 16; }
 
 template <int THREADS, typename Emit>
 __device__ void compact(Shared& s, Border& b, int first, int segment, Emit emit) {
+    constexpr int KEPT = 8;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int steps = (segment + 255) / 256;
-    int each = (steps + THREADS / 32 - 1) / (THREADS / 32);
-    uint32_t above, equal;
-    int found = 0;
-    for (int i = 0; i < each; i++) {
-        classify(s.scores, (warp * each + i) * 256 + lane * 8, segment, b.entry, above, equal);
-        found += __popc(above) | __popc(equal) << 16;
+    int each = ((segment + 255) / 256 + THREADS / 32 - 1) / (THREADS / 32);
+    int start = warp * each * 256 + lane * 8;
+    uint32_t border = b.entry * 0x00010001u, kept[KEPT];
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        kept[i] = 0;
+        if (i < each) own += tally(kept[i] = classify(s.scores, start + i * 256, segment, border));
     }
-    found = __reduce_add_sync(~0u, found);
-    if (lane == 0) s.warps[warp] = found;
+    for (int i = KEPT; i < each; i++) own += tally(classify(s.scores, start + i * 256, segment, border));
+    own = __reduce_add_sync(~0u, own);
+    if (lane == 0) s.warps[warp] = own;
     __syncthreads();
-    int above_before = s.facts[1], equal_before = s.facts[2];
+    int above_before = b.above, equal_before = b.equal;
     for (int w = 0; w < warp; w++) above_before += s.warps[w] & 0xffff, equal_before += s.warps[w] >> 16;
-    for (int i = 0; i < each; i++) {
-        int offset = (warp * each + i) * 256 + lane * 8;
-        classify(s.scores, offset, segment, b.entry, above, equal);
-        int own = __popc(above) | __popc(equal) << 16, scan = own;
+    auto write = [&](int i, uint32_t found) {
+        int mine = tally(found), scan = mine;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             int other = __shfl_up_sync(~0u, scan, step);
             if (lane >= step) scan += other;
         }
-        int a = above_before + ((scan - own) & 0xffff), e = equal_before + ((scan - own) >> 16);
-        for (uint32_t left = above | equal; left; left &= left - 1) {
+        int above = above_before + ((scan - mine) & 0xffff), equal = equal_before + ((scan - mine) >> 16);
+        for (uint32_t left = (found | found >> 8) & 0xff; left; left &= left - 1) {
             int bit = __ffs(left) - 1;
-            bool tie = equal >> bit & 1;
-            if (!tie || e >= b.skip) emit(a + max(0, e - b.skip), first + offset + bit);
-            a += !tie, e += tie;
+            bool tie = found >> (bit + 8) & 1;
+            if (!tie || equal >= b.skip) emit(above + max(0, equal - b.skip), first + start + i * 256 + bit);
+            above += !tie, equal += tie;
         }
         int all = __shfl_sync(~0u, scan, 31);
         above_before += all & 0xffff, equal_before += all >> 16;
-    }
+    };
+#pragma unroll
+    for (int i = 0; i < KEPT; i++)
+        if (i < each) write(i, kept[i]);
+    for (int i = KEPT; i < each; i++) write(i, classify(s.scores, start + i * 256, segment, border));
 }
 
 template <int THREADS>
@@ -381,6 +401,7 @@ __device__ void attend(cg::cluster_group& cluster, const Arguments& a, Shared& s
         }
     }
     __syncthreads();
+    int blocks = cluster.num_blocks(), rank = cluster.block_rank(), share = ROWS * HEAD_DIM / blocks;
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += THREADS) {
         int r = i / HEAD_DIM;
         float high = -INFINITY, value = 0, weight = 0;
@@ -393,48 +414,36 @@ __device__ void attend(cg::cluster_group& cluster, const Arguments& a, Shared& s
             value += factor * parts[w * ROWS * HEAD_DIM + i];
             weight += factor * stats[w * 16 + 8 + r];
         }
-        s.part[i] = value;
-        if (i % HEAD_DIM == 0) s.stats[r] = high, s.stats[8 + r] = weight;
+        cluster.map_shared_rank(s.parts, i / share)[rank * share + i % share] = value;
+        if (i % HEAD_DIM < blocks) {
+            float* to = cluster.map_shared_rank(s.stats, i % HEAD_DIM) + rank * 16 + r;
+            to[0] = high, to[8] = weight;
+        }
     }
     MARK(8);
     cluster.sync();
     MARK(9);
-    int blocks = cluster.num_blocks(), rank = cluster.block_rank();
-    int share = ROWS * HEAD_DIM / blocks;
     // Few threads a block: each sums its output over the blocks, in order, so that every run gives the same bits.
-    for (int i = rank * share + threadIdx.x; i < (rank + 1) * share; i += THREADS) {
-        int r = i / HEAD_DIM;
+    for (int i = threadIdx.x; i < share; i += THREADS) {
+        int r = (rank * share + i) / HEAD_DIM;
         float high = -INFINITY, value = 0, weight = 0;
-        float tops[16], sums[16], values[16];
-#pragma unroll
-        for (int j = 0; j < 16; j++) {
-            tops[j] = -INFINITY;
-            if (j < blocks) {
-                const float* other = cluster.map_shared_rank(s.stats, j);
-                tops[j] = other[r], sums[j] = other[8 + r], values[j] = cluster.map_shared_rank(s.part, j)[i];
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < 16; j++) high = fmaxf(high, tops[j]);
+        for (int j = 0; j < blocks; j++) high = fmaxf(high, s.stats[j * 16 + r]);
         float safe = high == -INFINITY ? 0 : high;
-#pragma unroll
-        for (int j = 0; j < 16; j++) {
-            if (j >= blocks) continue;
-            float factor = exp2f(tops[j] - safe);
-            value += factor * values[j], weight += factor * sums[j];
+#pragma unroll 4
+        for (int j = 0; j < blocks; j++) {
+            float factor = exp2f(s.stats[j * 16 + r] - safe);
+            value += factor * s.parts[j * share + i], weight += factor * s.stats[j * 16 + 8 + r];
         }
         float result = weight > 0 ? value / weight : 0;
-        int64_t place = (row_id * ROWS) * HEAD_DIM + i;
+        int64_t place = row_id * ROWS * HEAD_DIM + rank * share + i;
 #if HALF
         reinterpret_cast<__half*>(a.out)[place] = __float2half_rn(result);
 #else
         reinterpret_cast<__nv_bfloat16*>(a.out)[place] = __float2bfloat16_rn(result);
 #endif
-        if (i % HEAD_DIM == 0) a.logsumexp[row_id * ROWS + r] = weight > 0 ? (high + log2f(weight)) * 0.6931471805599453f : -INFINITY;
+        if ((rank * share + i) % HEAD_DIM == 0) a.logsumexp[row_id * ROWS + r] = weight > 0 ? (high + log2f(weight)) * 0.6931471805599453f : -INFINITY;
     }
     MARK(10);
-    cluster.sync();
-    MARK(11);
 }
 
 template <int THREADS, int RESIDENT, int MODE>
@@ -447,17 +456,20 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
     int64_t row_id = int64_t(request) * gridDim.y + head;
     int per, length;
     MARK(0);
+    // Waited for before the first write to another block's memory: by then every block has started.
+    cluster.barrier_arrive();
     if (MODE == 2) {
         int count = min(a.counts[row_id], a.capacity);
         per = (count + blocks - 1) / blocks;
         length = max(0, min(per, count - rank * per));
         for (int i = threadIdx.x; i < length; i += THREADS) s.list[i] = a.indices[row_id * a.capacity + rank * per + i];
+        cluster.barrier_wait();
     } else {
         Row row = read_row(a, request, row_id);
         // Without local tokens the newest signature is a candidate, and the launch before this one may be writing it.
         bool early = a.waits && row.local_begin < row.stop;
         if (a.waits && !early) asm volatile("griddepcontrol.wait;" ::: "memory");
-        for (int i = threadIdx.x; i < BINS; i += THREADS) s.counts[i] = 0, s.slice[i] = 0;
+        for (int i = threadIdx.x; i < BINS; i += THREADS) s.counts[i] = 0;
         if (threadIdx.x < 16) s.facts[threadIdx.x] = 0;
         __syncthreads();
         int low = row.sink_stop & ~7;
@@ -465,7 +477,6 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         int first = low + rank * segment;
         MARK(1);
         score<THREADS>(a, s, row, first, segment, request, head, row_id, early);
-        if (early && segment == 0) asm volatile("griddepcontrol.wait;" ::: "memory");
         __syncthreads();
         MARK(2);
         suffix<THREADS>(s);
@@ -475,6 +486,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         int sink = row.sink_stop - row.begin, local = row.stop - row.local_begin, count = sink + border.heavy + local;
         per = (count + blocks - 1) / blocks;
         length = max(0, min(per, count - rank * per));
+        float inverse = 1.0f / max(per, 1);
         if (MODE == 1) {
             int* indices = a.indices + row_id * a.capacity;
             compact<THREADS>(s, border, first, segment, [&](int heavy, int token) { indices[sink + heavy] = token; });
@@ -484,11 +496,13 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
                 else if (i >= sink + border.heavy) indices[i] = row.local_begin + i - sink - border.heavy;
             }
             if (rank == 0 && threadIdx.x == 0) a.counts[row_id] = count;
-            cluster.sync();
             return;
         }
         compact<THREADS>(s, border, first, segment, [&](int heavy, int token) {
-            int at = sink + heavy, block = at / per;
+            // A float's quotient may be one off; a division would take ten times as long.
+            int at = sink + heavy, block = int(at * inverse);
+            block += (block + 1) * per <= at;
+            block -= block * per > at;
             cluster.map_shared_rank(s.list, block)[at - block * per] = token;
         });
         MARK(5);
@@ -551,7 +565,7 @@ extern "C" int most_clusters(int threads, int blocks, int shared) {
 
 // Shared bytes before the scores.
 extern "C" int shared_bytes(int list, int segment, int threads) {
-    int fixed = (3 * BINS + 8 + 64 + 16 + 16 + ROWS * HEAD_DIM + list) * 4;
+    int fixed = (4 * BINS + 12 + 64 + 16 + 256 + ROWS * HEAD_DIM + list) * 4;
     int parts = threads / 32 * (ROWS * HEAD_DIM + 16) * 4;
     return fixed + (segment * 2 > parts ? segment * 2 : parts);
 }

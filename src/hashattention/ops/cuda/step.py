@@ -1,4 +1,4 @@
-"""Launchers of the two CUDA kernels: encode (queries and the new key), and step (score, select and attend in one launch)."""
+"""Launchers of the two CUDA kernels: encode (queries and the new key), and step (score, select, attend at once)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,39 @@ class Step(ctypes.Structure):
     """`Arguments` of step.cu."""
 
     _fields_ = (
-        *((n, POINTER) for n in "planes signatures start end budgets table q k v out logsumexp indices counts".split()),
-        *((n, LONG) for n in "s0 s1 k0 k1 k2 v0 v1 v2 q0 q1".split()),
-        *((n, INT) for n in "tokens capacity table_width page_shift page_shift_s ratio segment_capacity list_capacity waits".split()),
+        *(
+            (n, POINTER)
+            for n in (
+                "planes",
+                "signatures",
+                "start",
+                "end",
+                "budgets",
+                "table",
+                "q",
+                "k",
+                "v",
+                "out",
+                "logsumexp",
+                "indices",
+                "counts",
+            )
+        ),
+        *((n, LONG) for n in ("s0", "s1", "k0", "k1", "k2", "v0", "v1", "v2", "q0", "q1")),
+        *(
+            (n, INT)
+            for n in (
+                "tokens",
+                "capacity",
+                "table_width",
+                "page_shift",
+                "page_shift_s",
+                "ratio",
+                "segment_capacity",
+                "list_capacity",
+                "waits",
+            )
+        ),
         ("scale", FLOAT),
         ("softcap", FLOAT),
     )
@@ -32,7 +62,14 @@ class Step(ctypes.Structure):
 class Map(ctypes.Structure):
     """`Map` of encode.cu."""
 
-    _fields_ = (("x", POINTER), ("weights", POINTER * 3), ("biases", POINTER * 3), ("x0", LONG), ("x1", LONG), ("heads", INT))
+    _fields_ = (
+        ("x", POINTER),
+        ("weights", POINTER * 3),
+        ("biases", POINTER * 3),
+        ("x0", LONG),
+        ("x1", LONG),
+        ("heads", INT),
+    )
 
 
 class Encode(ctypes.Structure):
@@ -41,9 +78,9 @@ class Encode(ctypes.Structure):
     _fields_ = (
         ("query", Map),
         ("key", Map),
-        *((n, POINTER) for n in "planes signatures position table".split()),
-        *((n, LONG) for n in "s0 s1".split()),
-        *((n, INT) for n in "batch tokens table_width page".split()),
+        *((n, POINTER) for n in ("planes", "signatures", "position", "table")),
+        *((n, LONG) for n in ("s0", "s1")),
+        *((n, INT) for n in ("batch", "tokens", "table_width", "page")),
     )
 
 
@@ -62,9 +99,11 @@ def planes_of(levels: int) -> int:
 
 
 @functools.cache
-def choose(dim: int, per_row: int, library: ctypes.CDLL, rows: int, tokens: int, capacity: int) -> tuple[int, int, int, int, int] | None:
-    """Threads, blocks a row, slots and entries a block keeps, shared bytes: the smallest cluster that fills the chip and fits."""
-    options = []
+def choose(library: ctypes.CDLL, rows: int, tokens: int, capacity: int) -> tuple[int, int, int, int, int] | None:
+    """Threads, blocks a row, slots and entries a block keeps, shared bytes: the smallest cluster that fills the chip
+    and fits.
+    """
+    options: list[tuple[int, int, int, int, int]] = []
     for blocks in (16, 8, 4, 2, 1):
         segment = math.ceil((tokens + 8) / (blocks * 8)) * 8
         slots = math.ceil(capacity / blocks / 4) * 4
@@ -79,7 +118,8 @@ def choose(dim: int, per_row: int, library: ctypes.CDLL, rows: int, tokens: int,
     fitting = [o for o in paired if rows * o[1] <= 264]
     if fitting:
         return fitting[0]
-    return (paired or options or [None])[-1]
+    either = paired or options
+    return either[-1] if either else None
 
 
 def encode(
@@ -90,7 +130,9 @@ def encode(
     planes: Tensor,
     new_key: tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor | None] | None = None,
 ) -> None:
-    """Queries ``[B, H, 1, in]`` to bit planes, and, if given, the new key (k, weights, biases, cache, end, block table) to its signature."""
+    """Queries ``[B, H, 1, in]`` to bit planes, and, if given, the new key (k, weights, biases, cache, end, block table)
+    to its signature.
+    """
     hidden = [w.shape[-1] for w in weights]
     key_in = new_key[1][0].shape[1] if new_key else 0
     library = load(
@@ -129,18 +171,22 @@ def launch(
     waits: bool = False,
     shape: tuple[int, int] | None = None,
 ) -> None:
-    """Launch step.cu on named tensors; mode 0: the whole step, 1: select only, 2: attend only. `shape` forces (threads, blocks)."""
+    """Launch step.cu on named tensors; mode 0: the whole step, 1: select only, 2: attend only. `shape` forces (threads,
+    blocks).
+    """
     q, k, v, signatures, table = (tensors.get(name) for name in ("q", "k", "v", "signatures", "table"))
     dim = 64 if q is None else q.shape[-1]
     per_row = 1 if q is None else q.shape[1] // heads
     bins = max(64, 1 << (bits * max(levels, 1) + 1).bit_length())
     constants = {"HEAD_DIM": dim, "ROWS": per_row, "WORDS": bits // 32, "PLANES": planes_of(levels), "BINS": bins}
-    library = load("step", **constants, PAGED=int(table is not None), HALF=int(q is not None and q.dtype == torch.float16))
-    chosen = choose(dim, per_row, library, heads * batch, tokens if mode < 2 else 0, capacity if mode != 1 else 4)
+    library = load(
+        "step", **constants, PAGED=int(table is not None), HALF=int(q is not None and q.dtype == torch.float16)
+    )
+    chosen = choose(library, heads * batch, tokens if mode < 2 else 0, capacity if mode != 1 else 4)
     if shape:
-        threads, blocks = shape
+        threads, blocks = shape[:2]
         slots, segment = math.ceil(capacity / blocks / 4) * 4, math.ceil((tokens + 8) / (blocks * 8)) * 8
-        chosen = threads, blocks, slots, segment, library.shared_bytes(slots, segment, threads)
+        chosen = threads, blocks, slots, segment, max(library.shared_bytes(slots, segment, threads), *shape[2:], 0)
     if chosen is None:
         raise BackendError(f"{tokens} tokens a row do not fit the shared memory of a cluster. Use backend='triton'.")
     threads, blocks, slots, segment, shared = chosen

@@ -1,4 +1,6 @@
-"""Triton kernels: the portable GPU backend. With ``TRITON_INTERPRET=1`` it runs on CPU tensors too, when asked for by name."""
+"""Triton kernels: the portable GPU backend. With ``TRITON_INTERPRET=1`` it runs on CPU tensors too, when asked for
+by name.
+"""
 
 from __future__ import annotations
 

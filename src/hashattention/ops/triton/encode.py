@@ -1,4 +1,6 @@
-"""encode: every head's MLP of a layer in one launch, ending in packed signs or integer codes; signatures may go straight to a cache."""
+"""encode: every head's MLP of a layer in one launch, ending in packed signs or integer codes; signatures may go
+straight to a cache.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,7 @@ def _encode(
 ):  # fmt: skip
     block, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
-    if zeroed is not None:
+    if zeroed is not None:  # noqa: SIM102 (decided at compile time)
         if (block == 0) & (head == 0) & (request == 0):
             for begin in range(0, zero_count, 256):
                 counter = begin + tl.arange(0, 256)
@@ -136,7 +138,9 @@ def _encode(
 
 
 def dot_type(x: Tensor, weight: Tensor, interpreted: bool) -> tl.dtype:
-    """What the products multiply: the common 16-bit type, else float32 (bf16 products are wrong in Triton's interpreter)."""
+    """What the products multiply: the common 16-bit type, else float32 (bf16 products are wrong in Triton's
+    interpreter).
+    """
     same = x.dtype == weight.dtype and x.dtype in (torch.float16, torch.bfloat16)
     if not same or (interpreted and x.dtype == torch.bfloat16):
         return tl.float32
@@ -155,7 +159,8 @@ def launch(
     block_table: Tensor | None = None,
     zeroed: Tensor | None = None,
 ) -> None:
-    """Encode x ``[B, H, T, in]`` into `out`: packed signs, int8 codes if `levels`, at cache positions ``first[b] + t`` if `first` is given.
+    """Encode x ``[B, H, T, in]`` into `out`: packed signs, int8 codes if `levels`, at cache positions
+    ``first[b] + t`` if `first` is given.
 
     `zeroed` is an int32 scratch that this launch clears for the launches after it.
     """
@@ -176,7 +181,8 @@ def launch(
         out, scale, first, block_table, zeroed,
         tokens, cached, *x.stride()[:3], *out.stride()[:3],
         0 if block_table is None else block_table.stride(0), page, 0 if zeroed is None else zeroed.numel(),
-        IN=width, N0=filled[0], N1=filled[1], N2=filled[2], P1=padded[0] if stages == 1 else padded[1], P2=max(padded[2], 1),
+        IN=width, N0=filled[0], N1=filled[1], N2=filled[2], P1=padded[0] if stages == 1 else padded[1],
+        P2=max(padded[2], 1),
         STAGES=stages, LEVELS=levels, WRITES=first is not None, PAGED=block_table is not None,
         BT=block, BN=min(64, max(16, padded[0])), BK=64 if width > 32 else max(16, triton.next_power_of_2(width)),
         DOT=dot_type(x, weights[0], interpreted), num_warps=8 if block > 16 else 4,
@@ -198,7 +204,8 @@ def write_signature(
     first: Tensor,
     block_table: Tensor | None = None,
 ) -> None:
-    """Encode keys ``[B, H, T, in]`` straight into a signature cache: token t of request b goes to position ``first[b] + t``.
+    """Encode keys ``[B, H, T, in]`` straight into a signature cache: token t of request b goes to position
+    ``first[b] + t``.
 
     Positions outside the cache (dense ``[B, H, T, W]`` or paged ``[P, H, N, W]`` with its block table) are not written.
     """

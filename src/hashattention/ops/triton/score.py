@@ -1,4 +1,6 @@
-"""score: integer scores of all signatures by population counts, with a histogram and its threshold in the same launch."""
+"""score: integer scores of all signatures by population counts, with a histogram and its threshold in the same
+launch.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,11 @@ def load_signatures(
 @triton.jit
 def count_matches(
     code, signatures, table, request, head, token, inside, code_heads, signature_heads, s0, s1, s2, table_width, page,
-    W: tl.constexpr, WP: tl.constexpr, CODES: tl.constexpr, PLANES: tl.constexpr, PAGED: tl.constexpr, RAISED: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, CODES: tl.constexpr, PLANES: tl.constexpr, PAGED: tl.constexpr,
+    RAISED: tl.constexpr,
 ):  # fmt: skip
-    """int32 [tokens]: half the score, shifted. RAISED: the shift makes it 0 or more, else it is (score + sum of weights) / 2.
+    """int32 [tokens]: half the score, shifted. RAISED: the shift makes it 0 or more, else it is (score + sum of
+    weights) / 2.
 
     All scores of a row have the same parity, so half of them orders the same and needs half the levels.
     """
@@ -85,13 +89,15 @@ def count_matches(
 @triton.jit
 def _score(
     code, signatures, table, out, tokens, code_heads, signature_heads, s0, s1, s2, table_width, page,
-    W: tl.constexpr, WP: tl.constexpr, CODES: tl.constexpr, PLANES: tl.constexpr, PAGED: tl.constexpr, TILE: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, CODES: tl.constexpr, PLANES: tl.constexpr, PAGED: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     head, request = tl.program_id(1), tl.program_id(2)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = token < tokens
     total = 2 * count_matches(
-        code, signatures, table, request, head, token, inside, code_heads, signature_heads, s0, s1, s2, table_width, page,
+        code, signatures, table, request, head, token, inside, code_heads, signature_heads, s0, s1, s2, table_width,
+        page,
         W, WP, CODES, PLANES, PAGED, False,
     )  # fmt: skip
     # score = 2 (matches) - (sum of the weights); a bit code's weights are ones.
@@ -125,7 +131,8 @@ def score(code: Tensor, signatures: Tensor, selection_heads: int, block_table: T
     out = torch.empty((batch, selection_heads, tokens), dtype=torch.int32, device=code.device)
     grid = (triton.cdiv(tokens, 1024), selection_heads, batch)
     _score[grid](
-        code.contiguous(), signatures, block_table, out, tokens, code_heads, signatures.shape[1], *signatures.stride()[:3],
+        code.contiguous(), signatures, block_table, out, tokens, code_heads, signatures.shape[1],
+        *signatures.stride()[:3],
         0 if block_table is None else block_table.stride(0), signatures.shape[2],
         W=words, WP=triton.next_power_of_2(words), CODES=code_heads // selection_heads, PLANES=planes_of(code, 127),
         PAGED=block_table is not None, TILE=1024, num_warps=4,

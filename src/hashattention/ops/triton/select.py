@@ -1,7 +1,9 @@
-"""score_select: exact counting selection in two launches: score, count and find every row's threshold; then write the indices.
+"""score_select: exact counting selection in two launches: score, count and find every row's threshold; then write
+the indices.
 
-The first launch keeps one histogram a chunk of tokens. The last program of a row to finish turns them into the threshold, and into what
-every chunk must know to write its indices alone: how many of its ties to take and where its first index goes.
+The first launch keeps one histogram a chunk of tokens. The last program of a row to finish turns them into the
+threshold, and into what every chunk must know to write its indices alone: how many of its ties to take and where its
+first index goes.
 """
 
 from __future__ import annotations
@@ -117,7 +119,8 @@ def _score_count(
             token = tile + tl.arange(0, TILE)
             inside = (token >= low) & (token < high)
             matches = count_matches(
-                code, signatures, table, request, head, token, inside, code_heads, signature_heads, s0, s1, s2, table_width, page,
+                code, signatures, table, request, head, token, inside, code_heads, signature_heads, s0, s1, s2,
+                table_width, page,
                 W, WP, CODES, PLANES, PAGED, True,
             )  # fmt: skip
             tl.store(scores + row * tokens + token, matches.to(tl.int16), mask=inside)

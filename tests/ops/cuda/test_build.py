@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hashattention.errors import BackendError
+from hashattention.ops import cuda
+from hashattention.ops.cuda import build
+
+
+def test_a_cpu_tensor_is_refused_with_its_device():
+    assert cuda.refuse("decode", torch.zeros(1), {}) == "needs a CUDA tensor, given one on cpu"
+
+
+def test_without_a_compiler_the_error_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "find_compiler", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(BackendError, match=r"needs nvcc: set CUDA_HOME .*backend='triton'"):
+        build.load("encode", BITS=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build.find_compiler() is None, reason="needs nvcc")
+def test_both_kernels_compile_for_sm_90(monkeypatch, tmp_path):
+    """No GPU is needed to compile, to load the library, or to ask it for its shared memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape = {"HIDDEN0": 256, "HIDDEN1": 256, "BITS": 64, "LEVELS": 7, "PLANES": 3, "HALF": 0}
+    build.load("encode", QUERY_IN=512, KEY_IN=128, **shape)
+    step = build.load("step", HEAD_DIM=128, ROWS=4, WORDS=2, PLANES=3, BINS=512, PAGED=0, HALF=0)
+    assert len(list(tmp_path.rglob("*.so"))) == 2
+    assert 0 < step.shared_bytes(256, 1024, 256) < 113 * 1024
+
+
+def test_a_source_that_does_not_compile_is_one_clear_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "find_compiler", lambda: "/bin/false")
+    with pytest.raises(BackendError, match=r"nvcc could not compile encode\.cu"):
+        build.load("encode", BITS=2)
+    assert not list(tmp_path.rglob("*.so"))

@@ -1,0 +1,161 @@
+"""The CUDA decode step against the reference: the same index sets bit for bit, attention within the house rule."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from hashattention import ops
+from hashattention.ops import reference
+
+pytestmark = pytest.mark.gpu
+
+
+def maps(heads, widths, dtype):
+    pairs = list(itertools.pairwise(widths))
+    weights = [(torch.randn(heads, a, b, device="cuda") * 2 / a**0.5).to(dtype) for a, b in pairs]
+    return weights, [(torch.randn(heads, b, device="cuda") * 0.1).to(dtype) for _, b in pairs]
+
+
+def case(batch, tokens, *, bits=64, dim=128, heads=8, group=4, levels=7, dtype=torch.bfloat16, budget=(16, 64, 100)):
+    """Random tensors with ragged rows; what must not be read is NaN."""
+    k, v = (torch.randn(batch, heads, tokens, dim, device="cuda", dtype=dtype) for _ in range(2))
+    signatures = torch.randint(-(2**31), 2**31, (batch, heads, tokens, bits // 32), device="cuda", dtype=torch.int32)
+    end = torch.randint(1, tokens + 1, (batch,), device="cuda").int()
+    start = (end * torch.rand(batch, device="cuda") * 0.5).int()
+    outside = torch.arange(tokens, device="cuda")
+    outside = (outside < start[:, None]) | (outside >= end[:, None])
+    for cache in (k, v):
+        cache.masked_fill_(outside[:, None, :, None], float("nan"))
+    weights, biases = maps(heads, (group * dim, 256, 256, bits), dtype)
+    return {
+        "q": torch.randn(batch, heads * group, 1, dim, device="cuda", dtype=dtype),
+        "k": k,
+        "v": v,
+        "signatures": signatures,
+        "weights": weights,
+        "biases": biases,
+        "start": start,
+        "end": end,
+        "budgets": torch.tensor(budget, device="cuda", dtype=torch.int32).repeat(batch, heads, 1),
+        "capacity": sum(budget),
+        "levels": levels,
+        "scale": dim**-0.5,
+    }
+
+
+def page(made, size):
+    """The same caches in shuffled pages."""
+    batch, _, tokens, _ = made["k"].shape
+    count = tokens // size
+    table = torch.randperm(batch * count + 3, device="cuda")[: batch * count].view(batch, count)
+    paged = dict(made, block_table=table.int())
+    for name in ("k", "v", "signatures"):
+        cache = made[name]
+        poison = float("nan") if cache.is_floating_point() else -1
+        pages = cache.new_full((batch * count + 3, cache.shape[1], size, cache.shape[-1]), poison)
+        pages[table.flatten()] = cache.unflatten(2, (count, size)).transpose(1, 2).flatten(0, 1)
+        paged[name] = pages
+    return paged
+
+
+def expected(made):
+    """The reference composed; its integer code is the kernel's own but for roundings at a half."""
+    x = ops.group_queries(made["q"], made["budgets"].shape[1])
+    if made["levels"]:
+        code = reference.encode_query(x, made["weights"], made["biases"], made["levels"])[0]
+    else:
+        code = reference.encode_signature(x, made["weights"], made["biases"])
+    bounds = made["start"], made["end"], made["budgets"], made["capacity"]
+    indices, counts = reference.score_select(code, made["signatures"], *bounds, None, made.get("block_table"))
+    exact = [t.float() for t in (made["q"], made["k"], made["v"])]
+    return reference.attend(*exact, indices, counts, made["scale"], 0.0, made.get("block_table"))
+
+
+CASES = [
+    (case, {"batch": 2, "tokens": 4104}),
+    (case, {"batch": 5, "tokens": 9000}),
+    (case, {"batch": 3, "tokens": 5000, "bits": 32}),
+    (case, {"batch": 3, "tokens": 5000, "bits": 128, "levels": 7}),
+    (case, {"batch": 3, "tokens": 5000, "levels": 0}),
+    (case, {"batch": 2, "tokens": 3000, "dim": 64, "heads": 2, "group": 7, "dtype": torch.float16}),
+    (case, {"batch": 2, "tokens": 700, "budget": (0, 0, 50)}),
+    (case, {"batch": 2, "tokens": 700, "budget": (4, 8, 4000)}),
+    (case, {"batch": 40, "tokens": 512}),
+    (case, {"batch": 1, "tokens": 1 << 20, "heads": 2}),
+]
+
+
+@pytest.mark.parametrize(("make", "options"), CASES)
+@pytest.mark.parametrize("pages", [0, 8, 64])
+def test_step_is_the_reference(make, options, pages):
+    torch.manual_seed(options["tokens"])
+    options = dict(options, tokens=options["tokens"] // 64 * 64) if pages else options
+    made = make(**options)
+    made = page(made, pages) if pages else made
+    out, logsumexp = ops.decode(**made, backend="cuda")
+    again, _ = ops.decode(**made, backend="cuda")
+    wanted, wanted_lse = expected(made)
+    assert torch.equal(out, again), "two runs differ"
+    torch.testing.assert_close(logsumexp, wanted_lse, atol=1e-4, rtol=1e-5)
+    error = (out.float() - wanted).norm() / wanted.norm()
+    plain = (wanted.to(out.dtype).float() - wanted).norm() / wanted.norm()
+    # Storing the output alone costs `plain`; rounding the weights before the second product as much again.
+    assert error <= 2 * plain
+
+
+def test_all_ties_take_the_most_recent():
+    made = case(2, 2048, budget=(1, 2, 10))
+    made["signatures"].zero_()
+    made["start"].zero_()
+    made["end"].fill_(2048)
+    for cache in (made["k"], made["v"]):
+        cache.normal_()
+    chosen = torch.tensor([0, *range(2036, 2048)], device="cuda", dtype=torch.int32).expand(2, 8, -1).contiguous()
+    counts = torch.full((2, 8), 13, device="cuda", dtype=torch.int32)
+    wanted = reference.attend(made["q"], made["k"], made["v"], chosen, counts, made["scale"])[0]
+    torch.testing.assert_close(ops.decode(**made, backend="cuda")[0], wanted, atol=2e-2, rtol=2e-2)
+
+
+def test_empty_rows_give_zero():
+    made = case(3, 1024)
+    made["start"].copy_(made["end"])
+    out, logsumexp = ops.decode(**made, backend="cuda")
+    assert torch.all(out == 0)
+    assert torch.all(logsumexp == -torch.inf)
+
+
+def test_a_captured_graph_follows_its_inputs():
+    """Captured once, replayed over new queries, lengths and budgets; nothing waits for the host."""
+    made, other = case(2, 4096), case(2, 4096)
+    other["weights"], other["biases"] = made["weights"], made["biases"]
+    ops.decode(**made, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = ops.decode(**made, backend="cuda")
+    for name in ("q", "k", "v", "signatures", "start", "end", "budgets"):
+        made[name].copy_(other[name])
+    graph.replay()
+    torch.testing.assert_close(out, ops.decode(**made, backend="cuda")[0], atol=0, rtol=0)
+
+
+def test_an_odd_length_is_refused_by_name_and_served_by_choice():
+    """Rows of 16 bytes are what the kernel loads; the automatic choice takes another backend."""
+    from hashattention.errors import BackendError
+
+    made = case(2, 1001, budget=(4, 8, 989))
+    with pytest.raises(BackendError, match="aligned to 16 bytes"):
+        ops.decode(**made, backend="cuda")
+    out, _ = ops.decode(**made)
+    wanted, _ = expected(made)
+    torch.testing.assert_close(out.float(), wanted, atol=2e-2, rtol=2e-2)
+
+
+def test_what_the_kernels_refuse_has_a_reason():
+    from hashattention.errors import BackendError
+
+    made = case(2, 512)
+    with pytest.raises(BackendError, match="holes"):
+        ops.decode(**made, mask=torch.ones(2, 512, dtype=torch.bool, device="cuda"), backend="cuda")
