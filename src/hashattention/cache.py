@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def can_write(buffer: Tensor) -> bool:
+    """Whether torch lets this code write into `buffer`: one made in inference mode is closed outside of it."""
+    return torch.is_inference_mode_enabled() or not buffer.is_inference()
+
+
 class TokenCache:
     """Side tensors ``[B, H, T, ...]`` by name, grown on demand: appending one token costs no copy of the others.
 
@@ -46,7 +51,7 @@ class TokenCache:
         held = self.length(name)
         assert new.shape[2] == tokens - held, f"{name}: {new.shape[2]} new tokens for {held} -> {tokens}"
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape[2] < tokens:
+        if buffer is None or buffer.shape[2] < tokens or not can_write(buffer):
             # A first fill is exact; later growth doubles, so that decoding copies each token O(1) times.
             room = tokens if buffer is None else max(tokens, 2 * held)
             grown = new.new_empty((*new.shape[:2], room, *new.shape[3:]))

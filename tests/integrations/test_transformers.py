@@ -6,8 +6,11 @@ import dataclasses
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.tiny import ARCHITECTURES, build
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 import hashattention
 from hashattention import Budget, HashMaps, MapsConfig, ops
@@ -368,3 +371,70 @@ def test_softcap_reaches_the_sparse_path():
             model(ids[:, :-1], past_key_values=cache)
             sparse = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=1e-4)
+
+
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["update", "crop", "select", "repeat", "reorder"]), st.integers(1, 5)),
+    min_size=1,
+    max_size=14,
+)
+
+
+@given(OPERATIONS)
+def test_a_selected_layer_holds_what_a_dynamic_layer_holds(operations):
+    ours, theirs = SelectedLayer(), DynamicLayer()
+    torch.manual_seed(0)
+    for layer in (ours, theirs):
+        layer.update(torch.ones(2, 2, 3, 4), torch.zeros(2, 2, 3, 4))
+    for kind, amount in operations:
+        batch = theirs.keys.shape[0]
+        if kind == "update":
+            new = torch.randn(2, batch, 2, amount, 4)
+            got, wanted = (layer.update(new[0], new[1]) for layer in (ours, theirs))
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        elif kind == "crop" and theirs.get_seq_length() > amount:
+            ours.crop(-amount), theirs.crop(-amount)
+        elif kind == "repeat" and batch < 16:
+            ours.batch_repeat_interleave(2), theirs.batch_repeat_interleave(2)
+        elif kind in ("select", "reorder"):
+            rows = torch.tensor([amount % batch] * batch)
+            for layer in (ours, theirs):
+                layer.batch_select_indices(rows) if kind == "select" else layer.reorder_cache(rows)
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+
+
+def test_a_new_token_copies_none_of_the_others():
+    layer = SelectedLayer()
+    layer.update(torch.randn(1, 2, 100, 4), torch.randn(1, 2, 100, 4))
+    places = {layer.update(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4))[0].data_ptr() for _ in range(60)}
+    assert len(places) == 1
+    layer.crop(-30)
+    assert layer.update(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4))[0].data_ptr() in places
+    copied = copy.deepcopy(layer)
+    before = layer.keys.clone()
+    copied.update(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4))
+    assert torch.equal(layer.keys, before)
+    assert copied.keys.data_ptr() != layer.keys.data_ptr()
+
+
+def test_gradients_flow_through_a_selected_layer():
+    layer, key = SelectedLayer(), torch.randn(1, 1, 2, 4, requires_grad=True)
+    layer.update(torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4))
+    layer.update(key, torch.randn(1, 1, 2, 4))[0].sum().backward()
+    assert torch.equal(key.grad, torch.ones_like(key))
+
+
+def test_a_cache_may_go_in_and_out_of_inference_mode(llama):
+    ids, _ = prompt(batch=1, padding=0)
+    cache = DynamicCache(config=llama.config)
+    seen = []
+    with hashattention.attach(llama, random_maps(llama), FEW, min_context=0, observer=lambda *row: seen.append(row)):
+        for turn, mode in enumerate((torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad)):
+            with mode():
+                llama(ids[:, 10 * turn : 10 * turn + 9], past_key_values=cache)
+                llama(ids[:, 10 * turn + 9 : 10 * turn + 10], past_key_values=cache)
+    assert [step.extent.tokens for step, _, _ in seen] == [10, 10, 20, 20, 30, 30, 40, 40]
+    for step, chosen, _ in seen:
+        afresh = HashSelector(random_maps(llama)).select(dataclasses.replace(step, side=TokenCache()))
+        assert torch.equal(chosen.indices, afresh.indices)

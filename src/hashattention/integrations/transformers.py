@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hashattention.attention import Observer, SparseAttention
-from hashattention.cache import TokenCache
+from hashattention.cache import TokenCache, can_write
 from hashattention.config import Budget
 from hashattention.errors import ConfigError, InputError, UnsupportedModelError
 from hashattention.maps import HashMaps
@@ -28,11 +28,40 @@ IMPLEMENTATION = "hash_attention"
 
 
 class SelectedLayer(DynamicLayer):
-    """A `DynamicLayer` whose side tensors follow every crop, beam reorder and batch selection of its K and V."""
+    """A `DynamicLayer` whose side tensors follow every crop, beam reorder and batch selection of its K and V.
+
+    It grows in place: a new token is written behind the others, where a `DynamicLayer` copies all of them.
+    """
+
+    keys: Any
+    values: Any
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.side = TokenCache()
+        self._buffers: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values ``[B, Hkv, T, D]``; all of them, as views."""
+        held = self.get_seq_length()
+        if not held or key_states.requires_grad or value_states.requires_grad:
+            grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return grown
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, held: Tensor, new: Tensor) -> Tensor:
+        tokens, total = held.shape[2], held.shape[2] + new.shape[2]
+        buffer = self._buffers.get(name)
+        # A reorder or a selection leaves other tensors here; a crop leaves a view of the same memory.
+        same = buffer is not None and buffer.data_ptr() == held.data_ptr() and buffer.stride() == held.stride()
+        if buffer is None or not same or total > buffer.shape[2] or not can_write(buffer):
+            buffer = held.new_empty((*held.shape[:2], total + max(64, total // 8), held.shape[3]))
+            buffer[:, :, :tokens] = held
+            self._buffers[name] = buffer
+        buffer[:, :, tokens:total] = new
+        return buffer[:, :, :total]
 
     @classmethod
     def adopt(cls, layer: DynamicLayer) -> SelectedLayer:
@@ -50,6 +79,7 @@ class SelectedLayer(DynamicLayer):
         """Forget everything."""
         super().reset()
         self.side.reset()
+        self._buffers.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search step."""
@@ -70,6 +100,7 @@ class SelectedLayer(DynamicLayer):
         """Move to the CPU."""
         super().offload()
         self.side.to("cpu")
+        self._buffers.clear()
 
     def prefetch(self) -> None:
         """Move back to the layer's device."""
