@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,15 @@ def test_the_world_fails_with_code_1(refused, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("hashattention.artifact.locate", no_network)
     assert refused("inspect", "owner/maps", code=1) == "error: the network is [gone]"
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_sleep_unless_told_otherwise(given: str | None, used: str) -> None:
+    code = (
+        "import os, sys\nfrom hashattention.cli import main\nsys.argv = ['hashattention', '--version']\n"
+        "try:\n    main()\nfinally:\n    print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 
 
@@ -13,6 +14,8 @@ def main() -> None:
         needs = f"the command line needs {' and '.join(missing)}"
         sys.stderr.write(f'hashattention: {needs}: pip install "hashattention[cli]"\n')
         raise SystemExit(1)
+    # Idle threads that spin slow a busy machine several times over; OpenMP reads this when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from hashattention.cli.app import app
 
     app()
