@@ -94,7 +94,7 @@ def test_levels_out_of_range(levels: int) -> None:
         ((1, 1, 1, 4), [(1, 4, 32)], [(1, 31)], r"biases\[0\].*size w1 must be 32"),
         ((1, 1, 1, 4), [(1, 4, 48)], [(1, 48)], r"gives 48 bits; expected a multiple of 32 from 32 to 256"),
         ((1, 1, 1, 4), [(1, 4, 288)], [(1, 288)], r"gives 288 bits"),
-        ((1, 1, 1, 4), [(1, 4, 32)], [], r"as many weights as biases, one or more; given 1 and 0"),
+        ((1, 1, 1, 4), [(1, 4, 32)], [], r"as many weights as biases, at least one; given 1 and 0"),
         ((1, 1, 1, 4), [], [], r"given 0 and 0"),
     ],
 )
