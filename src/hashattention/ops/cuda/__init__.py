@@ -115,11 +115,12 @@ def decode_step(
     block_table: Tensor | None = None,
     new_key: tuple[Tensor, list[Tensor], list[Tensor]] | None = None,
     shape: tuple[int, int] | None = None,
-    early: bool = True,
+    early: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op `decode`; `new_key` (k ``[B, Hkv, 1, D]``, phi_k's weights and biases) is encoded in the same launch as q.
 
-    Its signature goes to position ``end[b] - 1``.
+    Its signature goes to position ``end[b] - 1``. `early` starts the step while the encoding still runs; None: at
+    batch 1 alone, where it gains a little; in larger batches it takes the encoding's place on the chip.
     """
     batch, heads = budgets.shape[:2]
     bits = weights[-1].shape[-1]
@@ -139,7 +140,7 @@ def decode_step(
     tensors |= {"table": block_table, "q": q, "k": k, "v": v, "out": out, "logsumexp": logsumexp}
     launch(
         0, heads=heads, batch=batch, capacity=capacity, bits=bits, levels=levels, tokens=tokens, tensors=tensors,
-        scale=scale, softcap=softcap, waits=early, shape=shape,
+        scale=scale, softcap=softcap, waits=batch == 1 if early is None else early, shape=shape,
     )  # fmt: skip
     return out, logsumexp
 

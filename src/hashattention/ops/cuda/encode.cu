@@ -46,7 +46,7 @@ __device__ __forceinline__ float2 widen(uint32_t x) { return make_float2(__uint_
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 #endif
 
-constexpr int THREADS = 256, BLOCKS = 16, TILE = 8, WORDS = BITS / 32;
+constexpr int THREADS = 256, BLOCKS = 8, TILE = 8, WORDS = BITS / 32;
 constexpr int WIDEST = (QUERY_IN > KEY_IN ? QUERY_IN : KEY_IN);
 constexpr int LARGEST = HIDDEN0 > HIDDEN1 ? HIDDEN0 : HIDDEN1;
 
@@ -211,7 +211,7 @@ __device__ __forceinline__ void encode(const Arguments& a, const Map& map, int h
     MARK(8);
 }
 
-__global__ void __launch_bounds__(THREADS) encode_all(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(THREADS, 2) encode_all(const __grid_constant__ Arguments a) {
     __shared__ __align__(16) float x[TILE * WIDEST], sums[TILE * (THREADS / 32) * LARGEST / BLOCKS], hidden0[TILE * HIDDEN0], hidden1[TILE * HIDDEN1], logits[TILE * BITS];
     asm volatile("griddepcontrol.launch_dependents;");
     MARK(0);

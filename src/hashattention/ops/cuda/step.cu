@@ -253,58 +253,63 @@ __device__ __forceinline__ uint32_t classify(const uint16_t* scores, int offset,
     if (offset >= segment) return 0;
     uint4 x = *reinterpret_cast<const uint4*>(scores + offset);
     const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-    uint32_t found = 0;
+    uint32_t least = 0, above = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        uint32_t raised = words[i] | 0x80008000u;
-        uint32_t least = (raised - border) & 0x80008000u, above = (raised - border - 0x00010001u) & 0x80008000u, equal = least ^ above;
-        found |= (above >> 15 & 1) << (i * 2) | above >> 31 << (i * 2 + 1) | (equal >> 15 & 1) << (i * 2 + 8) | equal >> 31 << (i * 2 + 9);
+        uint32_t raised = (words[i] | 0x80008000u) - border;
+        least |= (raised & 0x80008000u) >> (15 - i * 2);
+        above |= ((raised - 0x00010001u) & 0x80008000u) >> (15 - i * 2);
     }
-    return found;
+    // The first of a word's two entries is now at bit 2 i, the second at bit 16 + 2 i.
+    least |= least >> 15, above |= above >> 15;
+    return (above & 0xff) | ((least ^ above) & 0xff) << 8;
 }
 
 __device__ __forceinline__ int tally(uint32_t found) { return __popc(found & 0xff) | __popc(found & 0xff00) << 16; }
 
+// Each warp first packs what is taken of its entries to their front, as offsets, then hands them to `emit` with their ranks.
 template <int THREADS, typename Emit>
 __device__ void compact(Shared& s, Border& b, int first, int segment, Emit emit) {
-    constexpr int KEPT = 8;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int each = ((segment + 255) / 256 + THREADS / 32 - 1) / (THREADS / 32);
-    int start = warp * each * 256 + lane * 8;
-    uint32_t border = b.entry * 0x00010001u, kept[KEPT];
+    int each = ((segment + 255) / 256 + THREADS / 32 - 1) / (THREADS / 32), start = warp * each * 256;
+    uint32_t border = b.entry * 0x00010001u;
     int own = 0;
-#pragma unroll
-    for (int i = 0; i < KEPT; i++) {
-        kept[i] = 0;
-        if (i < each) own += tally(kept[i] = classify(s.scores, start + i * 256, segment, border));
-    }
-    for (int i = KEPT; i < each; i++) own += tally(classify(s.scores, start + i * 256, segment, border));
+    for (int i = lane * 8; i < each * 256; i += 256) own += tally(classify(s.scores, start + i, segment, border));
     own = __reduce_add_sync(~0u, own);
     if (lane == 0) s.warps[warp] = own;
     __syncthreads();
-    int above_before = b.above, equal_before = b.equal;
-    for (int w = 0; w < warp; w++) above_before += s.warps[w] & 0xffff, equal_before += s.warps[w] >> 16;
-    auto write = [&](int i, uint32_t found) {
-        int mine = tally(found), scan = mine;
+    int above = b.above, equal = b.equal;
+    for (int w = 0; w < warp; w++) above += s.warps[w] & 0xffff, equal += s.warps[w] >> 16;
+    int rank = above + max(0, equal - b.skip), taken = 0;
+    for (int i = lane * 8; i < each * 256; i += 256) {
+        uint32_t found = classify(s.scores, start + i, segment, border);
+        uint32_t chosen = found & 0xff;
+        if (__any_sync(~0u, found >> 8)) {
+            int ties = __popc(found >> 8), scan = ties;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                int other = __shfl_up_sync(~0u, scan, step);
+                if (lane >= step) scan += other;
+            }
+            int left_out = b.skip - equal - (scan - ties);
+            uint32_t tied = found >> 8;
+            for (; left_out > 0 && tied; left_out--) tied &= tied - 1;
+            chosen |= tied;
+            equal += __shfl_sync(~0u, scan, 31);
+        }
+        int count = __popc(chosen), scan = count;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             int other = __shfl_up_sync(~0u, scan, step);
             if (lane >= step) scan += other;
         }
-        int above = above_before + ((scan - mine) & 0xffff), equal = equal_before + ((scan - mine) >> 16);
-        for (uint32_t left = (found | found >> 8) & 0xff; left; left &= left - 1) {
-            int bit = __ffs(left) - 1;
-            bool tie = found >> (bit + 8) & 1;
-            if (!tie || equal >= b.skip) emit(above + max(0, equal - b.skip), first + start + i * 256 + bit);
-            above += !tie, equal += tie;
-        }
-        int all = __shfl_sync(~0u, scan, 31);
-        above_before += all & 0xffff, equal_before += all >> 16;
-    };
-#pragma unroll
-    for (int i = 0; i < KEPT; i++)
-        if (i < each) write(i, kept[i]);
-    for (int i = KEPT; i < each; i++) write(i, classify(s.scores, start + i * 256, segment, border));
+        // Every lane has read its entries (the shuffles order that), and what is written lies before what is still to read.
+        uint16_t* to = s.scores + start + taken + scan - count;
+        for (; chosen; chosen &= chosen - 1) *to++ = i + __ffs(chosen) - 1;
+        taken += __shfl_sync(~0u, scan, 31);
+        __syncwarp();
+    }
+    for (int i = lane; i < taken; i += 32) emit(rank + i, first + start + s.scores[start + i]);
 }
 
 template <int THREADS>
@@ -527,39 +532,44 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
 }
 
 // Internal linkage: function-local statics of a template would be one object for all libraries of a process.
+// Lets the kernel have clusters of 16 and this much shared memory; never takes back what was allowed before.
+template <int THREADS, int RESIDENT, int MODE>
+static cudaError_t allow(int shared) {
+    static int most = -1;
+    if (shared <= most) return cudaSuccess;
+    auto kernel = step<THREADS, RESIDENT, MODE>;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error == cudaSuccess) most = shared;
+    return error;
+}
+
 template <int THREADS, int RESIDENT, int MODE>
 static int launch(const Arguments& a, int blocks, int heads, int batch, int shared, bool waits, cudaStream_t stream) {
-    auto kernel = step<THREADS, RESIDENT, MODE>;
-    static int allowed = -1;
-    if (allowed < shared) {
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-        if (error != cudaSuccess) return error;
-        allowed = shared;
-    }
+    cudaError_t error = allow<THREADS, RESIDENT, MODE>(shared);
+    if (error != cudaSuccess) return error;
     cudaLaunchAttribute attributes[2];
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {unsigned(blocks), 1, 1};
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {dim3(blocks, heads, batch), dim3(THREADS), size_t(shared), stream, attributes, waits ? 2u : 1u};
-    return cudaLaunchKernelEx(&config, kernel, a);
+    return cudaLaunchKernelEx(&config, step<THREADS, RESIDENT, MODE>, a);
 }
 
 template <int THREADS, int RESIDENT>
 static int clusters(int blocks, int shared) {
-    auto kernel = step<THREADS, RESIDENT, 0>;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (allow<THREADS, RESIDENT, 0>(shared) != cudaSuccess) return 0;
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(blocks), 1, 1};
     cudaLaunchConfig_t config = {dim3(blocks, 1, 1), dim3(THREADS), size_t(shared), nullptr, &attribute, 1};
     int count = 0;
-    return cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess ? count : 0;
+    return cudaOccupancyMaxActiveClusters(&count, step<THREADS, RESIDENT, 0>, &config) == cudaSuccess ? count : 0;
 }
 
 extern "C" int most_clusters(int threads, int blocks, int shared) {
+    if (threads == 128) return clusters<128, 4>(blocks, shared);
     return threads == 512 ? clusters<512, 1>(blocks, shared) : clusters<256, 2>(blocks, shared);
 }
 
@@ -576,6 +586,11 @@ extern "C" int run(const Arguments* a, int mode, int threads, int blocks, int he
         if (mode == 0) return launch<512, 1, 0>(*a, blocks, heads, batch, shared, waits, stream);
         if (mode == 1) return launch<512, 1, 1>(*a, blocks, heads, batch, shared, waits, stream);
         return launch<512, 1, 2>(*a, blocks, heads, batch, shared, waits, stream);
+    }
+    if (threads == 128) {
+        if (mode == 0) return launch<128, 4, 0>(*a, blocks, heads, batch, shared, waits, stream);
+        if (mode == 1) return launch<128, 4, 1>(*a, blocks, heads, batch, shared, waits, stream);
+        return launch<128, 4, 2>(*a, blocks, heads, batch, shared, waits, stream);
     }
     if (mode == 0) return launch<256, 2, 0>(*a, blocks, heads, batch, shared, waits, stream);
     if (mode == 1) return launch<256, 2, 1>(*a, blocks, heads, batch, shared, waits, stream);

@@ -13,8 +13,8 @@ from hashattention.errors import BackendError
 from hashattention.ops.cuda.build import load
 
 LONG, INT, FLOAT, POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
-#: Shared memory a block may have: alone on its multiprocessor, or with one other.
-ALONE, PAIRED = 227 * 1024, 113 * 1024
+#: Shared memory a block may have: alone on its multiprocessor, with one other, with three others.
+ALONE, PAIRED, QUARTER = 227 * 1024, 113 * 1024, 56 * 1024
 
 
 class Step(ctypes.Structure):
@@ -107,7 +107,7 @@ def choose(library: ctypes.CDLL, rows: int, tokens: int, capacity: int) -> tuple
     for blocks in (16, 8, 4, 2, 1):
         segment = math.ceil((tokens + 8) / (blocks * 8)) * 8
         slots = math.ceil(capacity / blocks / 4) * 4
-        for threads, most in ((512, ALONE), (256, PAIRED)):
+        for threads, most in ((512, ALONE), (256, PAIRED), (128, QUARTER)):
             shared = library.shared_bytes(slots, segment, threads)
             if shared <= most:
                 options.append((threads, blocks, slots, segment, shared))
@@ -115,6 +115,10 @@ def choose(library: ctypes.CDLL, rows: int, tokens: int, capacity: int) -> tuple
     for option in options:
         if option[0] == 512 and option[1] == 16 and rows <= library.most_clusters(512, 16, option[4]):
             return option
+    # Many rows: small blocks, of which a multiprocessor runs several at different stages.
+    small = [o for o in options if o[0] == 128 and o[1] <= 4 and rows * o[1] >= 256]
+    if small:
+        return small[-1]
     fitting = [o for o in paired if rows * o[1] <= 264]
     if fitting:
         return fitting[0]
