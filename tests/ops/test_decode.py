@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hashattention.config import BaseModel, MapsConfig
-from hashattention.errors import InputError
+from hashattention.errors import BackendError, InputError
 from hashattention.ops import decode as decode_by
-from hashattention.ops import encode_signature, group_queries, reference
+from hashattention.ops import dispatch, encode_signature, group_queries, reference
 
 MODEL = BaseModel("test", 1, 8, 2, 16, (0,), "none")
 GROUP = MapsConfig(widths=(8,))
@@ -197,3 +197,19 @@ def test_compiles_without_a_break(backend: str) -> None:
     compiled = torch.compile(decode, fullgraph=True, backend=backend)
     arguments = step(GROUP)
     assert_same(compiled(**arguments), decode(**arguments))
+
+
+def test_a_fused_step_that_fails_falls_back_unless_it_was_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = step(METHODS["group code"])
+    expected = decode(**arguments)
+
+    def failing(*_: Any) -> None:
+        raise BackendError("CUDA error 1 launching step.")
+
+    monkeypatch.setattr(dispatch, "find_fused", lambda *_, **__: failing)
+    torch.testing.assert_close(decode_by(**arguments)[0], expected[0], atol=1e-5, rtol=1e-4)
+    assert "CUDA error 1" in caplog.text
+    with pytest.raises(BackendError, match="CUDA error 1"):
+        decode(**arguments)

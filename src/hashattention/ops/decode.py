@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hashattention.errors import InputError
+from hashattention.errors import BackendError, InputError
 from hashattention.ops import dispatch, shapes
 from hashattention.ops.attend import attend
 from hashattention.ops.encode import check_map, encode_query, encode_signature
 from hashattention.ops.select import check_rows, score_select
+
+logger = logging.getLogger(__name__)
 
 
 def group_queries(q: Tensor, heads: int) -> Tensor:
@@ -122,6 +126,11 @@ def _check(
     shapes.expect_same_device(q=q, k=k, v=v, signatures=signatures, **rows)
 
 
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("the fused step did not run, its parts do: %s", reason)
+
+
 @torch.library.custom_op(
     "hashattention::decode",
     mutates_args=(),
@@ -153,7 +162,12 @@ def _decode(  # type: ignore[no-untyped-def]
     if fused is not None:
         maps = (list(weights), list(biases))
         rest = (capacity, levels, scale, softcap, mask, block_table)
-        return fused(q, k, v, signatures, *maps, start, end, budgets, *rest)
+        try:
+            return fused(q, k, v, signatures, *maps, start, end, budgets, *rest)
+        except BackendError as error:
+            if backend != "auto":
+                raise
+            _warn_once(str(error))
     x = group_queries(q, weights[0].shape[0])
     if levels:
         code, _ = encode_query(x, weights, biases, levels, backend=backend)
