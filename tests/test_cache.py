@@ -81,3 +81,37 @@ def test_a_crop_keeps_the_pages_that_are_whole():
     side.extend("pages", 5, lambda first: pages)
     side.crop(4)
     assert side.length("pages") == 4
+
+
+def test_what_is_filled_in_place_is_held_once_written():
+    side, total = TokenCache(), torch.rand(2, 3, 300, 1)
+    side.extend("x", 5, lambda first: total[:, :, :5])
+    for tokens in range(6, 300):
+        before = side._buffers["x"]
+
+        def write(tensor, tokens=tokens):
+            assert side.length("x") == tokens - 1
+            assert torch.equal(tensor[:, :, : tokens - 1], total[:, :, : tokens - 1])
+            assert tensor.stride(1) % 64 == 0
+            tensor[:, :, tokens - 1 :] = total[:, :, tokens - 1 : tokens]
+            return tokens
+
+        assert side.fill("x", tokens, write) == tokens
+        assert side.length("x") == tokens
+        room = before.shape[2]
+        assert (side._buffers["x"] is before) == (tokens <= room)
+    assert torch.equal(side.extend("x", 299, None), total[:, :, :299])
+
+
+def test_a_failed_fill_holds_nothing_new():
+    side = TokenCache()
+    side.extend("x", 2, lambda first: torch.zeros(1, 1, 2, 1))
+
+    def fail(tensor):
+        tensor[:, :, 2:] = 7
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        side.fill("x", 3, fail)
+    assert side.length("x") == 2
+    assert side.fill("x", 2, lambda tensor: tensor.shape[2]) == 2

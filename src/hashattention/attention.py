@@ -1,4 +1,6 @@
-"""The whole algorithm on one page: select, then attend; or dense attention where selecting does not pay."""
+"""The whole algorithm on one page: select, then attend (a selector may fuse the two); or dense attention where
+selecting does not pay.
+"""
 
 from __future__ import annotations
 
@@ -85,10 +87,14 @@ class SparseAttention:
             position = queries - 1 - later
             seen = extent.before(later) if later else extent
             one = query[:, :, position : position + 1]
-            step = Step(layer, one, key, value, scale, seen, self.budget, side)
-            selection = self.selector.select(step)
-            out = selection.attend(one, key, value, scale=scale, softcap=softcap)
-            if self.observer is not None:
-                self.observer(step, selection, out)
-            outputs.append(out)
+            step = Step(layer, one, key, value, scale, seen, self.budget, side, softcap=softcap)
+            outputs.append(self._observed(step) if self.observer else self.selector.attend(step))
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+    def _observed(self, step: Step) -> Tensor:
+        """`Selector.attend` in its two parts, so that the observer sees what was selected."""
+        assert self.observer is not None
+        selection = self.selector.select(step)
+        out = step.attend(selection)
+        self.observer(step, selection, out)
+        return out

@@ -5,9 +5,14 @@ beams.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
+#: Room is a multiple of this many tokens, so that rows start where wide loads may.
+ROOM = 64
 
 
 def can_write(buffer: Tensor) -> bool:
@@ -47,19 +52,31 @@ class TokenCache:
             self._append(name, make(held), tokens)
         return self._buffers[name][:, :, :tokens]
 
+    def fill(self, name: Hashable, tokens: int, write: Callable[[Tensor], Result]) -> Result:
+        """``write(tensor)`` writes in place what lacks up to `tokens` of the tensor under `name`, which must hold some
+        already; they are held once it has returned, with its result.
+        """
+        result = write(self._reserve(name, self._buffers[name], tokens)[:, :, :tokens])
+        self._lengths[name] = max(tokens, self.length(name))
+        return result
+
     def _append(self, name: Hashable, new: Tensor, tokens: int) -> None:
         held = self.length(name)
         assert new.shape[2] == tokens - held, f"{name}: {new.shape[2]} new tokens for {held} -> {tokens}"
-        buffer = self._buffers.get(name)
+        self._reserve(name, new, tokens)[:, :, held:tokens] = new
+        self._lengths[name] = tokens
+
+    def _reserve(self, name: Hashable, like: Tensor, tokens: int) -> Tensor:
+        """The buffer under `name`, with room for `tokens` and open to writing."""
+        buffer, held = self._buffers.get(name), self.length(name)
         if buffer is None or buffer.shape[2] < tokens or not can_write(buffer):
             # A first fill is exact; later growth doubles, so that decoding copies each token O(1) times.
-            room = tokens if buffer is None else max(tokens, 2 * held)
-            grown = new.new_empty((*new.shape[:2], room, *new.shape[3:]))
+            room = tokens if buffer is None else -(-max(tokens, 2 * held) // ROOM) * ROOM
+            grown = like.new_empty((*like.shape[:2], room, *like.shape[3:]))
             if buffer is not None:
                 grown[:, :, :held] = buffer[:, :, :held]
             buffer = self._buffers[name] = grown
-        buffer[:, :, held:tokens] = new
-        self._lengths[name] = tokens
+        return buffer
 
     def crop(self, tokens: int) -> None:
         """Forget every token from position `tokens` on."""

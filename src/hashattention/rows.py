@@ -72,17 +72,21 @@ class Extent:
         T, slots of the cache (host-side, so that shapes never depend on data).
     mask : Tensor, bool ``[B, T]``, optional
         Holes inside start..end.
+    ends_full : bool
+        Known on the host: every request's last token is in the cache's last slot.
     """
 
-    def __init__(self, start: Tensor, end: Tensor, tokens: int, mask: Tensor | None = None) -> None:
-        self.start, self.end, self.tokens, self.mask = start, end, tokens, mask
+    def __init__(
+        self, start: Tensor, end: Tensor, tokens: int, mask: Tensor | None = None, ends_full: bool = False
+    ) -> None:
+        self.start, self.end, self.tokens, self.mask, self.ends_full = start, end, tokens, mask, ends_full
         self._rows: dict[tuple[Budget, int], Rows] = {}
 
     @classmethod
     def full(cls, batch: int, tokens: int, device: torch.device) -> Extent:
         """Every slot valid."""
         start = torch.zeros(batch, dtype=torch.int32, device=device)
-        return cls(start, start + tokens, tokens)
+        return cls(start, start + tokens, tokens, ends_full=True)
 
     @classmethod
     def from_mask(cls, mask: Tensor, holes: bool = True) -> Extent:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -178,6 +179,131 @@ def test_group_queries_concatenates_the_queries_of_a_group(heads: int, tokens: i
 def test_arguments_that_do_not_fit(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         decode(**{**step(GROUP), **change})
+
+
+def with_new_key(arguments: dict[str, Any], seed: int = 7) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same step with its newest signature to be made, and with it made and in the cache."""
+    generator = torch.Generator().manual_seed(seed)
+    signatures = arguments["signatures"]
+    heads, dim = signatures.shape[1], MODEL.head_dim
+    widths = [dim, *[w.shape[2] for w in arguments["weights"]]]
+    pairs = list(itertools.pairwise(widths))
+    weights = [torch.randn(heads, i, o, generator=generator) for i, o in pairs]
+    biases = [torch.randn(heads, o, generator=generator) for _, o in pairs]
+    key = torch.randn(len(signatures), MODEL.num_key_value_heads, 1, dim, generator=generator)
+    made = reference.encode_signature(key.repeat_interleave(heads // key.shape[1], 1), weights, biases)
+    written = signatures.clone()
+    for request, end in enumerate(arguments["end"].tolist()):
+        if 0 < end <= TOKENS:
+            written[request, :, end - 1] = made[request, :, 0]
+    assert not torch.equal(written, signatures)
+    lacking = {**arguments, "signatures": signatures.clone(), "new_key": (key, weights, biases)}
+    return lacking, {**arguments, "signatures": written}
+
+
+@pytest.mark.parametrize("ends", [(TOKENS, TOKENS, 41), (TOKENS, 0, 1), (0, 0, 0), (12, TOKENS + 1, TOKENS)])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_new_key_is_signed_where_it_belongs_and_nowhere_else(method: str, ends: tuple[int, ...]) -> None:
+    arguments = step(METHODS[method])
+    arguments["end"], arguments["start"] = torch.tensor(ends, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    if not any(0 < end <= TOKENS for end in ends):
+        arguments["end"][0] = 5
+    lacking, signed = with_new_key(arguments)
+    got, expected = decode(**lacking), decode(**signed)
+    assert torch.equal(lacking["signatures"], signed["signatures"])
+    assert_same(got, expected)
+    again = decode(**lacking)
+    assert_same(again, expected)
+
+
+@pytest.mark.parametrize("size", [1, 16, 61])
+@pytest.mark.parametrize("method", ["group code", "paper"])
+def test_a_new_key_in_pages(method: str, size: int, to_pages: Callable[..., tuple[Tensor, ...]]) -> None:
+    arguments = step(METHODS[method])
+    lacking, signed = with_new_key(arguments)
+    names = ("k", "v", "signatures")
+    table, *pages = to_pages(size, *(lacking[name] for name in names), seed=size)
+    before = pages[2].clone()
+    got = decode(**{**lacking, **dict(zip(names, pages, strict=True)), "block_table": table})
+    assert_same(got, decode(**signed))
+    changed = (pages[2] != before).any(-1).any(1)
+    places = {(int(table[b, (end - 1) // size]), (end - 1) % size) for b, end in enumerate(arguments["end"].tolist())}
+    assert {tuple(place) for place in changed.nonzero().tolist()} <= places
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_backend_of_this_machine_signs_the_new_key_alike(method: str) -> None:
+    lacking, signed = with_new_key(step(METHODS[method]))
+    assert_same(decode_by(**lacking), decode_by(**signed))
+    assert torch.equal(lacking["signatures"], signed["signatures"])
+
+
+def test_a_new_key_goes_into_the_buffer_behind_a_view() -> None:
+    arguments = step(GROUP)
+    lacking, signed = with_new_key(arguments)
+    buffer = torch.full((3, 2, TOKENS + 9, GROUP.words), 5, dtype=torch.int32)
+    buffer[:, :, :TOKENS] = lacking["signatures"]
+    lacking["signatures"] = buffer[:, :, :TOKENS]
+    assert_same(decode(**lacking), decode(**signed))
+    assert torch.equal(buffer[:, :, :TOKENS], signed["signatures"])
+    assert buffer[:, :, TOKENS:].eq(5).all()
+
+
+def test_a_mask_with_holes_and_a_new_key() -> None:
+    arguments = step(GROUP)
+    arguments["mask"] = torch.ones(3, TOKENS, dtype=torch.bool)
+    arguments["mask"][:, 10:30:3] = False
+    lacking, signed = with_new_key(arguments)
+    assert_same(decode(**lacking), decode(**signed))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(3, 2, 2, 16)}, r"new_key is float32 \[3, 2, 2, 16\]"),
+        ({0: torch.zeros(3, 3, 1, 16)}, r"size Hkv must be 2"),
+        ({1: [], 2: []}, "new key's map is empty"),
+        ({1: [torch.zeros(2, 16, 32)], 2: [torch.zeros(2, 32)]}, "2 heads of 1 words; the cache holds 2 of 2"),
+        ({1: [torch.zeros(2, 15, 64)], 2: [torch.zeros(2, 64)]}, "size in must be 16"),
+    ],
+)
+def test_a_new_key_that_does_not_fit(change: dict[int, Any], message: str) -> None:
+    lacking, _ = with_new_key(step(GROUP))
+    new_key = tuple(change.get(place, part) for place, part in enumerate(lacking["new_key"]))
+    with pytest.raises(InputError, match=message):
+        decode(**{**lacking, "new_key": new_key})
+
+
+@pytest.mark.parametrize("method", ["group code", "paper"])
+def test_opcheck_with_a_new_key(method: str) -> None:
+    lacking, _ = with_new_key(step(METHODS[method], batch=2))
+    a = lacking
+    bounds = a["start"], a["end"], a["budgets"], a["capacity"], a["levels"], a["scale"]
+    key, weights, biases = a["new_key"]
+    if key.shape[1] != weights[0].shape[0]:
+        key = key.repeat_interleave(weights[0].shape[0] // key.shape[1], 1)
+    call = (a["q"], a["k"], a["v"], a["signatures"], a["weights"], a["biases"], *bounds, 0.0, None, None)
+    op = torch.ops.hashattention.decode_step.default
+    torch.library.opcheck(op, (*call, "auto", key, weights, biases))
+    torch.library.opcheck(op, (*call, "reference", key, weights, biases))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_new_key_compiles_without_a_break(backend: str, inference: bool) -> None:
+    torch._dynamo.reset()
+    lacking, signed = with_new_key(step(GROUP))
+    buffer = torch.zeros(3, 2, TOKENS + 9, GROUP.words, dtype=torch.int32)
+    buffer[:, :, :TOKENS] = lacking["signatures"]
+
+    def run(buffer: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+        return decode(signatures=buffer[:, :, :TOKENS], **rest)
+
+    rest = {name: value for name, value in lacking.items() if name != "signatures"}
+    with torch.inference_mode(inference):
+        got = torch.compile(run, fullgraph=True, backend=backend)(buffer, **rest)
+    assert_same(got, decode(**signed))
+    assert torch.equal(buffer[:, :, :TOKENS], signed["signatures"])
 
 
 @pytest.mark.parametrize("method", ["group code", "paper"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hashattention.errors import InputError
-from hashattention.ops import encode_query, encode_signature, reference
+from hashattention.ops import encode_query, encode_signature, reference, write_signature
 
 
 def random_map(heads: int, widths: list[int], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
@@ -112,3 +113,41 @@ def test_opcheck(tokens: int, hidden: list[int]) -> None:
     x = torch.randn(2, 2, tokens, 6)
     torch.library.opcheck(torch.ops.hashattention.encode_signature.default, (x, weights, biases, "auto"))
     torch.library.opcheck(torch.ops.hashattention.encode_query.default, (x.bfloat16(), weights, biases, 7, "auto"))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("size", [0, 1, 7, 16])
+def test_written_signatures_land_at_their_positions_alone(
+    size: int, tokens: int, backend: str, to_pages: Callable[..., tuple[Tensor, ...]]
+) -> None:
+    """Starts before, inside and behind the cache; a row that writes nothing may share its pages with one that does."""
+    weights, biases = random_map(2, [8, 64], seed=size)
+    x = torch.randn(4, 2, tokens, 8)
+    cache, table = torch.randint(-(2**31), 2**31, (4, 2, 32, 2)).to(torch.int32), None
+    held = 32
+    if size:
+        table, cache = to_pages(size, cache)
+        table[3], held = table[1], table.shape[1] * size
+    first = torch.tensor([-3, 3, held - 1, held], dtype=torch.int32)
+    expected, made = cache.clone(), reference.encode_signature(x, weights, biases)
+    for b, begin in enumerate(first.tolist()):
+        for position in range(max(begin, 0), min(begin + tokens, held)):
+            page, row = (b, position) if table is None else (table[b, position // size], position % size)
+            expected[page, :, row] = made[b, :, position - begin]
+    write_signature(x, weights, biases, cache, first, block_table=table, backend=backend)
+    assert torch.equal(cache, expected)
+
+
+def test_writing_opcheck_and_compile() -> None:
+    weights, biases = [torch.randn(2, 8, 64)], [torch.randn(2, 64)]
+    x, cache = torch.randn(2, 2, 3, 8), torch.zeros(2, 2, 9, 2, dtype=torch.int32)
+    first = torch.tensor([0, 4], dtype=torch.int32)
+    op = torch.ops.hashattention.write_signature.default
+    torch.library.opcheck(op, (x, weights, biases, cache, first, None, "auto"))
+    compiled = torch.compile(write_signature, fullgraph=True, backend="aot_eager")
+    written = cache.clone()
+    compiled(x, weights, biases, written, first)
+    write_signature(x, weights, biases, cache, first)
+    assert torch.equal(written, cache)
+    assert cache.any()

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from hashattention import ops
+from hashattention.attention import SparseAttention
 from hashattention.cache import TokenCache
 from hashattention.config import BaseModel, Budget, MapsConfig
+from hashattention.errors import BackendError
 from hashattention.maps import HashMaps
 from hashattention.rows import Extent
 from hashattention.selectors.base import Step
@@ -60,3 +64,165 @@ def test_auxiliary_bits_are_those_kept():
     assert (
         HashSelector(HashMaps(MapsConfig.paper(), MODEL)).auxiliary_bits(16) == 64
     )  # 32 bits, two query heads a KV head
+
+
+CONFIGS = {
+    "group code": MapsConfig(64, (8,)),
+    "symmetric": MapsConfig(32, (8,), score="symmetric"),
+    "per head": MapsConfig(32, (8,), query_input="head", selection_share="query_head"),
+    "paper": MapsConfig.paper(),
+}
+
+
+class Two:
+    """One history of a cache, served twice: by the fused step, and by its parts, which an observer asks for."""
+
+    def __init__(self, config, backend, batch=3, tail=0):
+        torch.manual_seed(0)
+        maps, self.batch, self.chosen = HashMaps(config, MODEL), batch, []
+        # `Selection.attend` has no backend of its own: the parts end in the automatic one.
+        self.exact = backend == "auto"
+        budget = Budget(heavy=5, sink=1, local=2)
+        settings = {"min_context": 8, "sparse_tail": tail}
+        self.fused = SparseAttention(HashSelector(maps, backend), budget, **settings)
+        self.parts = SparseAttention(
+            HashSelector(maps, backend), budget, **settings, observer=lambda *seen: self.chosen.append(seen[1])
+        )
+        self.name = maps, "signatures"
+        self.sides = TokenCache(), TokenCache()
+        self.keys = torch.zeros(batch, 2, 0, 16)
+
+    def run(self, new, extent=None, softcap=0.0):
+        """Append `new` tokens and attend; both ways give the same and hold the same signatures."""
+        self.keys = torch.cat([self.keys, torch.randn(self.batch, 2, new, 16)], 2)
+        tokens, query = self.keys.shape[2], torch.randn(self.batch, 4, new, 16)
+        extent = extent(tokens) if extent else Extent.full(self.batch, tokens, query.device)
+        given = {"extent": extent, "scale": 0.25, "softcap": softcap, "dense": lambda: torch.zeros_like(query)}
+        outs = [
+            served.attend(0, query, self.keys, self.keys, side=side, **given)
+            for served, side in zip((self.fused, self.parts), self.sides, strict=True)
+        ]
+        if self.exact:
+            assert torch.equal(*outs)
+        # A selected token more or less changes far more than the order of a sum.
+        torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
+        held = [side.length(self.name) for side in self.sides]
+        assert held[0] == held[1]
+        if held[0]:
+            valid = extent.rows(self.fused.budget, 1).valid(tokens)[:, None, : held[0], None]
+            kept = [side.extend(self.name, held[0], None) for side in self.sides]
+            assert torch.equal(*(signatures.masked_fill(~valid, 0) for signatures in kept))
+        return outs[0]
+
+    def each(self, act):
+        for side in self.sides:
+            act(side)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_fused_step_is_the_same_bit_for_bit(config, backend):
+    two = Two(config, backend)
+    two.run(20)
+    assert two.sides[0].length(two.name) == 0
+    for _ in range(70):
+        assert two.run(1).abs().sum() > 0
+    assert len(two.chosen) == 70
+    two.run(9)
+    two.run(1, softcap=5.0)
+    assert two.sides[0].length(two.name) == 100
+
+
+def test_the_fused_step_follows_crops_beams_and_batches():
+    two = Two(CONFIGS["group code"], "auto")
+    two.run(30)
+    two.run(1)
+    two.each(lambda side: side.crop(25))
+    two.keys = two.keys[:, :, :25]
+    two.run(1)
+    beams = torch.tensor([2, 0, 0])
+    two.each(lambda side: side.select(beams))
+    two.keys = two.keys[beams]
+    two.run(1)
+    two.each(lambda side: side.repeat(2))
+    two.keys, two.batch = two.keys.repeat_interleave(2, 0), 6
+    for _ in range(3):
+        two.run(1)
+    two.each(lambda side: side.reset())
+    two.run(1)
+    assert two.sides[0].length(two.name) == 31
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "both", "holes", "empty", "ended"])
+def test_the_fused_step_leaves_padding_alone(padding):
+    """`ended`: one request's new slots are padding, so its last valid token is not the newest one."""
+
+    def extent(tokens):
+        mask = torch.ones(3, tokens, dtype=torch.bool)
+        if padding in ("left", "both"):
+            mask[0, :7] = mask[2, :19] = False
+        if padding in ("right", "both"):
+            mask[1, 12:20] = False
+        if padding == "holes":
+            mask[1, 5:18:3] = False
+        if padding == "empty":
+            mask[1] = False
+        if padding == "ended":
+            mask[1, 22:] = mask[2, 17:] = False
+        return Extent.from_mask(mask, holes=padding in ("right", "both", "holes"))
+
+    two = Two(CONFIGS["group code"], "auto")
+    two.run(20, extent)
+    for _ in range(6):
+        two.run(1, extent)
+
+
+@pytest.mark.parametrize("tail", [1, 3, 40])
+def test_a_sparse_tail_signs_every_position_once(tail):
+    """Earlier positions of a prompt are served with the later keys already there."""
+    two = Two(CONFIGS["group code"], "auto", tail=tail)
+    for new in (30, 1, 12, 1, 1, 2):
+        two.run(new)
+    assert two.sides[0].length(two.name) == 47
+
+
+def test_the_fused_step_signs_one_key_a_token(monkeypatch):
+    two, signed = Two(CONFIGS["group code"], "auto"), []
+    two.run(30)
+    real = ops.encode_signature
+    monkeypatch.setattr(
+        ops, "encode_signature", lambda x, *rest, **named: signed.append(x.shape[2]) or real(x, *rest, **named)
+    )
+    side, query = two.sides[0], torch.randn(3, 4, 1, 16)
+    for tokens in (30, 30):
+        one = Step(0, query, two.keys, two.keys, 0.25, Extent.full(3, tokens, query.device), two.fused.budget, side)
+        two.fused.selector.attend(one)
+    assert signed == [29]
+    two.fused.selector.select(one)
+    assert signed == [29]
+
+
+def test_a_step_that_fails_leaves_its_signature_to_be_made():
+    two = Two(CONFIGS["group code"], "auto")
+    two.run(30)
+    two.run(1)
+    two.keys = torch.cat([two.keys, torch.randn(3, 2, 1, 16)], 2)
+    side, query = two.sides[0], torch.randn(3, 4, 1, 16)
+    one = Step(0, query, two.keys, two.keys, 0.25, Extent.full(3, 32, query.device), two.fused.budget, side)
+    selector = two.fused.selector
+    selector.backend = "none"
+    with pytest.raises(BackendError, match="unknown backend 'none'"):
+        selector.attend(one)
+    assert side.length(two.name) == 31
+    selector.backend = "auto"
+    out = selector.attend(one)
+    assert torch.equal(out, one.attend(two.parts.selector.select(dataclasses.replace(one, side=TokenCache()))))
+
+
+def test_the_cache_may_go_in_and_out_of_inference_mode():
+    two = Two(CONFIGS["group code"], "auto")
+    for inference in (True, False, True, False):
+        with torch.inference_mode(inference):
+            two.keys = two.keys.clone()
+            two.run(20)
+            two.run(1)

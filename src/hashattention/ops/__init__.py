@@ -1,9 +1,20 @@
 """The kernel API: plain tensors in and out, each op a torch custom op under ``torch.ops.hashattention``."""
 
 from hashattention.ops.attend import attend
-from hashattention.ops.decode import decode, group_queries
-from hashattention.ops.encode import encode_query, encode_signature
+from hashattention.ops.decode import NewKey, decode, group_queries
+from hashattention.ops.encode import encode_query, encode_signature, write_signature
 from hashattention.ops.score import score
 from hashattention.ops.select import score_select, select
 
-__all__ = ["attend", "decode", "encode_query", "encode_signature", "group_queries", "score", "score_select", "select"]
+__all__ = [
+    "NewKey",
+    "attend",
+    "decode",
+    "encode_query",
+    "encode_signature",
+    "group_queries",
+    "score",
+    "score_select",
+    "select",
+    "write_signature",
+]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +13,41 @@ from torch import Tensor
 from hashattention.errors import BackendError, InputError
 from hashattention.ops import dispatch, shapes
 from hashattention.ops.attend import attend
-from hashattention.ops.encode import check_map, encode_query, encode_signature
+from hashattention.ops.encode import check_map, encode_query, encode_signature, write_signature
 from hashattention.ops.select import check_rows, score_select
 
 logger = logging.getLogger(__name__)
+
+#: The newest token's key ``[B, Hkv, 1, D]`` and phi_k's weights and biases.
+NewKey = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
+
+
+class Call(NamedTuple):
+    """The arguments of one step, in the order of the op's schema."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    signatures: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor]
+    start: Tensor
+    end: Tensor
+    budgets: Tensor
+    capacity: int
+    levels: int
+    scale: float
+    softcap: float
+    mask: Tensor | None
+    block_table: Tensor | None
+    backend: str
+
+
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor{} signatures, Tensor[] weights, Tensor[] biases, Tensor start, Tensor end,"
+    " Tensor budgets, int capacity, int levels, float scale, float softcap, Tensor? mask, Tensor? block_table,"
+    " str backend{}) -> (Tensor, Tensor)"
+)
 
 
 def group_queries(q: Tensor, heads: int) -> Tensor:
@@ -48,11 +80,12 @@ def decode(
     softcap: float = 0.0,
     mask: Tensor | None = None,
     block_table: Tensor | None = None,
+    new_key: NewKey | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Encode the queries, score all signatures, select, attend to the selected tokens.
 
-    The new token's k, v and signature are in the caches already.
+    The new token's k and v are in the caches already, and so is its signature unless `new_key` is given.
 
     Parameters
     ----------
@@ -68,6 +101,9 @@ def decode(
     scale, softcap : float
         As in `attend`.
     block_table : Tensor, int32 ``[B, M]``, optional
+    new_key : tuple, optional
+        The newest token's key ``[B, Hkv, 1, D]`` and phi_k's weights and biases: its signature is encoded first and
+        written to `signatures`, in place, at position ``end[b] - 1`` (a row with end 0 writes nothing).
     backend : str
         ``"auto"`` or a backend's name.
 
@@ -86,10 +122,33 @@ def decode(
     if not weights:
         raise InputError("weights is empty; a map needs at least one stage.")
     _check(q, k, v, signatures, weights, biases, start, end, budgets, capacity, mask, block_table)
-    caches, bounds = (k, v, signatures), (start, end, budgets)
-    rest = (capacity, levels, scale, softcap, mask, block_table, backend)
-    out, logsumexp = torch.ops.hashattention.decode(q, *caches, list(weights), list(biases), *bounds, *rest)
+    caches, bounds, maps = (k, v, signatures), (start, end, budgets), (list(weights), list(biases))
+    call = (q, *caches, *maps, *bounds, capacity, levels, scale, softcap, mask, block_table, backend)
+    if new_key is None:
+        out, logsumexp = torch.ops.hashattention.decode(*call)
+        return out, logsumexp
+    key, key_weights, key_biases = _check_new_key(k, signatures, *new_key)
+    out, logsumexp = torch.ops.hashattention.decode_step(*call, key, list(key_weights), list(key_biases))
     return out, logsumexp
+
+
+def _check_new_key(
+    k: Tensor, signatures: Tensor, key: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> NewKey:
+    """The new key as the maps take it: one head a map."""
+    shapes.expect({"Hkv": k.shape[1], "D": k.shape[3]}, "new_key", key, "B Hkv 1 D")
+    if not weights:
+        raise InputError("the new key's map is empty; it needs at least one stage.")
+    heads, words = weights[0].shape[0], weights[-1].shape[-1] // 32
+    if (heads, words) != (signatures.shape[1], signatures.shape[3]):
+        given = f"{heads} heads of {words} words; the cache holds {signatures.shape[1]} of {signatures.shape[3]}"
+        raise InputError(f"the new key's map makes signatures of {given}.")
+    shapes.expect_multiple(heads, key.shape[1], "signature heads over KV heads")
+    if heads != key.shape[1]:
+        key = key.repeat_interleave(heads // key.shape[1], dim=1)
+    check_map(key, weights, biases)
+    shapes.expect_same_device(new_key=key, signatures=signatures)
+    return key, weights, biases
 
 
 def _check(
@@ -131,72 +190,92 @@ def _warn_once(reason: str) -> None:
     logger.warning("the fused step did not run, its parts do: %s", reason)
 
 
-@torch.library.custom_op(
-    "hashattention::decode",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor signatures, Tensor[] weights, Tensor[] biases, Tensor start,"
-    " Tensor end, Tensor budgets, int capacity, int levels, float scale, float softcap, Tensor? mask,"
-    " Tensor? block_table, str backend) -> (Tensor, Tensor)",
-)
-def _decode(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    v,
-    signatures,
-    weights,
-    biases,
-    start,
-    end,
-    budgets,
-    capacity,
-    levels,
-    scale,
-    softcap,
-    mask,
-    block_table,
-    backend,
-):
-    features = {"k": k, "v": v, "signatures": signatures, "code": None, "weights": weights}
-    features |= {"selection_heads": budgets.shape[1], "levels": levels}
-    fused = dispatch.find_fused("decode", q, backend, **features, capacity=capacity, mask=mask, block_table=block_table)
+def _find(name: str, call: Call, **more: Any) -> Callable[..., Any] | None:
+    features: dict[str, Any] = {
+        "k": call.k,
+        "v": call.v,
+        "signatures": call.signatures,
+        "code": None,
+        "weights": call.weights,
+    }
+    features |= {"selection_heads": call.budgets.shape[1], "levels": call.levels, "capacity": call.capacity, **more}
+    return dispatch.find_fused(name, call.q, call.backend, **features, mask=call.mask, block_table=call.block_table)
+
+
+def _launch(fused: Callable[..., Any], call: Call, *arguments: Any) -> tuple[Tensor, Tensor] | None:
+    """What the fused step gives, or None if it could not be launched and was not asked for by name."""
+    try:
+        out, logsumexp = fused(*arguments)
+    except BackendError as error:
+        if call.backend != "auto":
+            raise
+        _warn_once(str(error))
+        return None
+    return out, logsumexp
+
+
+def _step(call: Call, new_key: NewKey) -> tuple[Tensor, Tensor]:
+    """The step after the new key's signature: both in one function where a backend has it."""
+    key, key_weights, key_biases = new_key
+    alike = [w.shape[2] for w in key_weights] == [w.shape[2] for w in call.weights]
+    fused = _find("decode_step", call, key_weights=key_weights) if alike else None
     if fused is not None:
-        maps = (list(weights), list(biases))
-        rest = (capacity, levels, scale, softcap, mask, block_table)
-        try:
-            return fused(q, k, v, signatures, *maps, start, end, budgets, *rest)
-        except BackendError as error:
-            if backend != "auto":
-                raise
-            _warn_once(str(error))
-    x = group_queries(q, weights[0].shape[0])
-    if levels:
-        code, _ = encode_query(x, weights, biases, levels, backend=backend)
+        # Biases are added to float32 sums; adjacent maps are what the kernels read.
+        maps = [[w.contiguous() for w in call.weights], [b.float().contiguous() for b in call.biases]]
+        key_maps = [[w.contiguous() for w in key_weights], [b.float().contiguous() for b in key_biases]]
+        rows = call.start.contiguous(), call.end.contiguous(), call.budgets.contiguous()
+        rest = call.capacity, call.levels, call.scale, call.softcap
+        table = None if call.block_table is None else call.block_table.contiguous()
+        caches = call.k, call.v, call.signatures
+        done = _launch(fused, call, call.q.contiguous(), *caches, *maps, *rows, *rest, table, (key, *key_maps))
+        if done is not None:
+            return done
+    first = call.end - 1
+    parts = "auto" if call.backend in dispatch.FUSED_ONLY else call.backend
+    write_signature(key, key_weights, key_biases, call.signatures, first, block_table=call.block_table, backend=parts)
+    return _decode(call)
+
+
+def _decode(call: Call) -> tuple[Tensor, Tensor]:
+    """The step, fused or as its parts."""
+    fused = _find("decode", call)
+    if fused is not None and (done := _launch(fused, call, *call[:-1])) is not None:
+        return done
+    x = group_queries(call.q, call.weights[0].shape[0])
+    if call.levels:
+        code, _ = encode_query(x, call.weights, call.biases, call.levels, backend=call.backend)
     else:
-        code = encode_signature(x, weights, biases, backend=backend)
-    caches = {"block_table": block_table, "backend": backend}
-    indices, counts = score_select(
-        code, signatures, start, end, budgets, capacity, mask=mask, levels=levels or 127, **caches
-    )
-    return attend(q, k, v, indices, counts, scale=scale, softcap=softcap, **caches)
+        code = encode_signature(x, call.weights, call.biases, backend=call.backend)
+    caches: dict[str, Any] = {"block_table": call.block_table, "backend": call.backend}
+    bounds = call.start, call.end, call.budgets, call.capacity
+    selection = score_select(code, call.signatures, *bounds, mask=call.mask, levels=call.levels or 127, **caches)
+    return attend(call.q, call.k, call.v, *selection, scale=call.scale, softcap=call.softcap, **caches)
 
 
-@_decode.register_fake
-def _(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    v,
-    signatures,
-    weights,
-    biases,
-    start,
-    end,
-    budgets,
-    capacity,
-    levels,
-    scale,
-    softcap,
-    mask,
-    block_table,
-    backend,
-):
-    return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
+@torch.library.custom_op("hashattention::decode", mutates_args=(), schema=SCHEMA.format("", ""))
+def _decode_op(*call):  # type: ignore[no-untyped-def]
+    return _decode(Call(*call))
+
+
+@torch.library.custom_op(
+    "hashattention::decode_step",
+    mutates_args=("signatures",),
+    schema=SCHEMA.format("(a!)", ", Tensor new_key, Tensor[] key_weights, Tensor[] key_biases"),
+)
+def _decode_step_op(*call):  # type: ignore[no-untyped-def]
+    return _step(Call(*call[:-3]), call[-3:])
+
+
+@_decode_op.register_fake
+def _(*call):  # type: ignore[no-untyped-def]
+    return _fake(Call(*call))
+
+
+@_decode_step_op.register_fake
+def _(*call):  # type: ignore[no-untyped-def]
+    return _fake(Call(*call[:-3]))
+
+
+def _fake(call: Call) -> tuple[Tensor, Tensor]:
+    shape = call.q.shape[:3]
+    return call.q.new_empty((*shape, call.v.shape[-1])), call.q.new_empty(shape, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""encode: keys to packed signatures, queries to bit or integer codes."""
+"""encode: keys to packed signatures (returned, or written into their cache), queries to bit or integer codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hashattention.errors import InputError
-from hashattention.ops import dispatch, shapes
+from hashattention.ops import dispatch, reference, shapes
 
 
 def encode_signature(
@@ -77,6 +77,53 @@ def encode_query(
     return code, scale
 
 
+def write_signature(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    signatures: Tensor,
+    first: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Encode keys straight into a signature cache, in place: token t of request b goes to position ``first[b] + t``.
+
+    Parameters
+    ----------
+    x, weights, biases
+        As in `encode_signature`; x is ``[B, H, T, in]``.
+    signatures : Tensor, int32 ``[B, H, N, W]``, or pages ``[P, H, N, W]`` with a block table
+        Written in place; positions outside it are dropped.
+    first : Tensor, int32 ``[B]``
+        Read on the device.
+    block_table : Tensor, int32 ``[B, M]``, optional
+    backend : str
+        ``"auto"`` or a backend's name.
+
+    Raises
+    ------
+    InputError
+        For shapes that do not fit.
+
+    Examples
+    --------
+    >>> cache, first = torch.zeros(1, 1, 3, 1, dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    >>> write_signature(torch.ones(1, 1, 1, 4), [torch.ones(1, 4, 32)], [torch.zeros(1, 32)], cache, first)
+    >>> cache.flatten().tolist()
+    [0, -1, 0]
+    """
+    check_map(x, weights, biases)
+    sizes = {"B": x.shape[0], "H": x.shape[1], "W": weights[-1].shape[-1] // 32}
+    shapes.expect(sizes, "signatures", signatures, "B H N W" if block_table is None else "P H N W", torch.int32)
+    shapes.expect(sizes, "first", first, "B", torch.int32)
+    if block_table is not None:
+        shapes.expect(sizes, "block_table", block_table, "B M", torch.int32)
+    shapes.expect_same_device(x=x, signatures=signatures, first=first, block_table=block_table)
+    maps = list(weights), list(biases)
+    torch.ops.hashattention.write_signature(x, *maps, signatures, first, block_table, backend)
+
+
 def check_map(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     """Raise `InputError` unless `x`, weights and biases fit each other."""
     if not weights or len(weights) != len(biases):
@@ -121,3 +168,23 @@ def _encode_query(x, weights, biases, levels, backend):  # type: ignore[no-untyp
 def _(x, weights, biases, levels, backend):  # type: ignore[no-untyped-def]
     code = x.new_empty((*x.shape[:3], weights[-1].shape[-1]), dtype=torch.int8)
     return code, x.new_empty(x.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "hashattention::write_signature",
+    mutates_args=("signatures",),
+    schema="(Tensor x, Tensor[] weights, Tensor[] biases, Tensor(a!) signatures, Tensor first, Tensor? block_table,"
+    " str backend) -> ()",
+)
+def _write_signature(x, weights, biases, signatures, first, block_table, backend):  # type: ignore[no-untyped-def]
+    fused = dispatch.find_fused("write_signature", x, backend, weights=weights)
+    if fused is not None:
+        fused(x, weights, biases, signatures, first, block_table)
+        return
+    new = encode_signature(x, weights, biases, backend=backend)
+    reference.write_tokens(signatures, new, first, block_table)
+
+
+@_write_signature.register_fake
+def _(x, weights, biases, signatures, first, block_table, backend):  # type: ignore[no-untyped-def]
+    return None

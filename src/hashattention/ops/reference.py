@@ -58,6 +58,37 @@ def encode_query(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels:
     return code.clamp(-levels, levels).to(torch.int8), scale
 
 
+def write_tokens(cache: Tensor, new: Tensor, first: Tensor, block_table: Tensor | None = None) -> None:
+    """Put `new` ``[B, H, T, W]`` into a dense or paged `cache`, in place: token t of request b at position
+    ``first[b] + t``; positions outside the cache are dropped.
+    """
+    batch, heads, tokens = new.shape[:3]
+    size = cache.shape[2]
+    held = size if block_table is None else block_table.shape[1] * size
+    position = (first.long()[:, None] + torch.arange(tokens, device=new.device)).flatten()
+    request = torch.arange(batch, device=new.device).repeat_interleave(tokens)
+    inside = (position >= 0) & (position < held)
+    # No host may wait for `inside`: an entry that is dropped repeats the first one that is not, if there is any.
+    entry = torch.where(inside, torch.arange(len(position), device=new.device), inside.int().argmax())
+    request, position = request[entry], position[entry].clamp(0, held - 1)
+    outer = request if block_table is None else block_table.long()[request, position // size]
+    place = outer[:, None], torch.arange(heads, device=new.device), (position % size)[:, None]
+    value = new.transpose(1, 2).flatten(0, 1)[entry]
+    cache.index_put_(place, torch.where(inside[entry][:, None, None], value, cache[place]))
+
+
+def write_signature(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    cache: Tensor,
+    first: Tensor,
+    block_table: Tensor | None = None,
+) -> None:
+    """`encode_signature` of keys ``[B, H, T, in]``, written into a signature cache by `write_tokens`."""
+    write_tokens(cache, encode_signature(x, weights, biases), first, block_table)
+
+
 def score(code: Tensor, signatures: Tensor, selection_heads: int, block_table: Tensor | None = None) -> Tensor:
     """int32 scores ``[B, Hsel, T]``: code . (+-1 key bits), summed over the code heads of one selection head.
 

@@ -22,8 +22,8 @@ class Step:
     """One new token of every request at one layer.
 
     `query` ``[B, Hq, 1, D]``; `key` and `value` ``[B, Hkv, T, D]``, the new token included; `scale` multiplies the
-    logits; `side` keeps the method's own per-token tensors of this layer between steps. `heavy_share` is the part of
-    the heavy budget that the method may spend, in (0, 1].
+    logits and `softcap` (0: none) bounds them; `side` keeps the method's own per-token tensors of this layer between
+    steps. `heavy_share` is the part of the heavy budget that the method may spend, in (0, 1].
     """
 
     layer: int
@@ -35,6 +35,7 @@ class Step:
     budget: Budget
     side: TokenCache
     heavy_share: float = 1.0
+    softcap: float = 0.0
 
     def rows(self, share: SelectionShare) -> Rows:
         """Bounds and budgets for one index set per KV head or per query head."""
@@ -46,6 +47,10 @@ class Step:
     def keys(self, first: int = 0) -> Tensor:
         """The keys of this step's tokens from `first` on, ``[B, Hkv, tokens - first, D]``."""
         return self.key[:, :, first : self.extent.tokens]
+
+    def attend(self, selection: Selection) -> Tensor:
+        """Attention output ``[B, Hq, 1, D]`` of this step's queries over the selected tokens."""
+        return selection.attend(self.query, self.key, self.value, scale=self.scale, softcap=self.softcap)
 
     def grouped_query(self) -> Tensor:
         """The queries of every KV head, float32 ``[B, Hkv, G, D]``."""
@@ -80,6 +85,10 @@ class Selector(ABC):
     @abstractmethod
     def select(self, step: Step) -> Selection:
         """The tokens each selection head attends to, within the step's budget."""
+
+    def attend(self, step: Step) -> Tensor:
+        """Attention output ``[B, Hq, 1, D]`` over the tokens of `select`; a method may fuse the two."""
+        return step.attend(self.select(step))
 
     @abstractmethod
     def auxiliary_bits(self, head_dim: int) -> float:

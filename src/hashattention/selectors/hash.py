@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+from torch import Tensor
 
 from hashattention import ops
 from hashattention.maps import HashMaps, LayerMaps
@@ -28,29 +31,66 @@ class HashSelector(Selector):
 
     def select(self, step: Step) -> Selection:
         """Sign the new keys, encode the query, score all signatures, select."""
-        layer = self._layer(step)
-        tokens = step.extent.tokens
-        signatures = step.side.extend(
-            (self.maps, "signatures"),
-            tokens,
-            lambda first: layer.sign_keys(step.key[:, :, first:tokens], backend=self.backend),
-        )
+        signatures = self._sign(step, step.extent.tokens)
         rows = step.rows(self.share)
-        code = layer.code_queries(step.query, backend=self.backend)
+        code = self._layer(step).code_queries(step.query, backend=self.backend)
         bounds = rows.start, rows.end, rows.budgets, rows.capacity
         levels = self.maps.config.levels
         chosen = ops.score_select(code, signatures, *bounds, mask=rows.mask, levels=levels, backend=self.backend)
         return Selection(*chosen)
 
+    def attend(self, step: Step) -> Tensor:
+        """The whole step in one op, which signs the newest key on its way."""
+        tokens, side = step.extent.tokens, step.side
+        if tokens < max(2, step.key.shape[2]):
+            # An earlier position of a prompt: the keys behind it are there already and are signed with it.
+            return super().attend(step)
+        self._sign(step, tokens - 1)
+        layer = self._layer(step)
+        signed = side.length((self.maps, "signatures")) == tokens
+        new_key = None if signed else (_newest_key(step), layer.key_weights, layer.key_biases)
+        return side.fill((self.maps, "signatures"), tokens, lambda held: self._decode(step, held, new_key))
+
+    def _decode(self, step: Step, signatures: Tensor, new_key: ops.NewKey | None) -> Tensor:
+        layer, rows, config = self._layer(step), step.rows(self.share), self.maps.config
+        return ops.decode(
+            step.query, step.key, step.value, signatures, layer.query_weights, layer.query_biases,
+            rows.start, rows.end, rows.budgets, rows.capacity, mask=rows.mask, new_key=new_key,
+            levels=config.levels if config.score == "asymmetric" else 0, scale=step.scale, softcap=step.softcap,
+            backend=self.backend,
+        )[0]  # fmt: skip
+
+    def _sign(self, step: Step, tokens: int) -> Tensor:
+        """The signatures of the first `tokens` tokens, the new ones' made now."""
+        layer = self._layer(step)
+        return step.side.extend(
+            (self.maps, "signatures"),
+            tokens,
+            lambda first: layer.sign_keys(step.key[:, :, first:tokens], backend=self.backend),
+        )
+
     def _layer(self, step: Step) -> LayerMaps:
-        """The layer's map as it is used: on a GPU in the keys' own dtype, so that the products run on 16 bits."""
+        """The layer's map as it is used: on a GPU its weights in the keys' own dtype, so that products run on 16 bits."""
         if step.layer not in self._ready:
-            short = step.key.is_cuda and step.key.dtype in (torch.bfloat16, torch.float16)
-            kind = step.key.dtype if short else torch.float32
-            self._ready[step.layer] = self.maps.layer(step.layer).to(step.key.device, kind)
+            maps, kind = self.maps.layer(step.layer).to(step.key.device, torch.float32), step.key.dtype
+            if step.key.is_cuda and kind in (torch.bfloat16, torch.float16):
+                weights = maps.to(step.key.device, kind)
+                biases = {"query_biases": maps.query_biases, "key_biases": maps.key_biases}
+                maps = dataclasses.replace(weights, **biases)
+            self._ready[step.layer] = maps
         return self._ready[step.layer]
 
     def auxiliary_bits(self, head_dim: int) -> float:
         """Bits of the signatures of one token and KV head."""
         config, model = self.maps.config, self.maps.model
         return config.bits * config.signature_heads(model) / model.num_key_value_heads
+
+
+def _newest_key(step: Step) -> Tensor:
+    """The key of every request's last valid token, ``[B, Hkv, 1, D]``: in the cache's last slot, unless that is
+    padding.
+    """
+    if step.extent.ends_full:
+        return step.key[:, :, -1:]
+    last = (step.extent.end - 1).clamp(min=0).long()
+    return step.key.gather(2, last[:, None, None, None].expand(-1, step.key.shape[1], 1, step.key.shape[3]))
