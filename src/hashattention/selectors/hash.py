@@ -70,13 +70,12 @@ class HashSelector(Selector):
         )
 
     def _layer(self, step: Step) -> LayerMaps:
-        """The layer's map as it is used: on a GPU its weights in the keys' own dtype, so that products run on 16 bits."""
+        """The layer's map as it is used: on a GPU with weights in the keys' dtype, so that products run on 16 bits."""
         if step.layer not in self._ready:
             maps, kind = self.maps.layer(step.layer).to(step.key.device, torch.float32), step.key.dtype
             if step.key.is_cuda and kind in (torch.bfloat16, torch.float16):
-                weights = maps.to(step.key.device, kind)
-                biases = {"query_biases": maps.query_biases, "key_biases": maps.key_biases}
-                maps = dataclasses.replace(weights, **biases)
+                short = maps.to(step.key.device, kind)
+                maps = dataclasses.replace(maps, query_weights=short.query_weights, key_weights=short.key_weights)
             self._ready[step.layer] = maps
         return self._ready[step.layer]
 
