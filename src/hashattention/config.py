@@ -168,6 +168,8 @@ class MapsConfig:
         One index set per KV head, or one per query head.
     levels : int
         Largest magnitude of an integer query weight (7: int4 range, up to 127).
+    query_widths : tuple of int, optional
+        Hidden widths of phi_q where they differ from those of phi_k.
     """
 
     bits: int = 64
@@ -177,18 +179,20 @@ class MapsConfig:
     signature_share: Share = "kv_head"
     selection_share: SelectionShare = "group"
     levels: int = 7
+    query_widths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _require(
             isinstance(self.bits, int) and self.bits % 32 == 0 and 32 <= self.bits <= 256,
             f"bits must be a multiple of 32 from 32 to 256; given {self.bits!r}.",
         )
-        _require(
-            isinstance(self.widths, tuple)
-            and len(self.widths) <= 2
-            and all(isinstance(width, int) and width > 0 for width in self.widths),
-            f"widths must hold zero to two positive hidden widths; given {self.widths}.",
-        )
+        for name in ("widths", "query_widths"):
+            widths = getattr(self, name)
+            fits = isinstance(widths, tuple) and len(widths) <= 2 and all(isinstance(w, int) and w > 0 for w in widths)
+            _require(
+                fits or (name == "query_widths" and widths is None),
+                f"{name} must hold zero to two positive hidden widths; given {widths}.",
+            )
         _require(
             isinstance(self.levels, int) and 1 <= self.levels <= 127,
             f"levels must be from 1 to 127 (int8 query weights); given {self.levels!r}.",
@@ -213,6 +217,11 @@ class MapsConfig:
     def paper(cls) -> MapsConfig:
         """HashAttention as published: 32 bits per query head, three stages of width 128, symmetric, own selection."""
         return cls(32, (128, 128), "symmetric", "head", "query_head", "query_head")
+
+    @property
+    def hidden_of_queries(self) -> tuple[int, ...]:
+        """Hidden widths of phi_q."""
+        return self.widths if self.query_widths is None else self.query_widths
 
     @property
     def words(self) -> int:

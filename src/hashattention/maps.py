@@ -93,9 +93,9 @@ class HashMaps(nn.Module):
         super().__init__()
         self.config, self.model, self.training_info = config, model, dict(training or {})
         group = model.group_size if config.query_input == "group" else 1
-        tail = (*config.widths, config.bits)
-        self.query = Mlp(len(model.layers), config.code_heads(model), (group * model.head_dim, *tail))
-        self.key = Mlp(len(model.layers), config.signature_heads(model), (model.head_dim, *tail))
+        query = group * model.head_dim, *config.hidden_of_queries, config.bits
+        self.query = Mlp(len(model.layers), config.code_heads(model), query)
+        self.key = Mlp(len(model.layers), config.signature_heads(model), (model.head_dim, *config.widths, config.bits))
 
     def layer(self, index: int) -> LayerMaps:
         """The map of model layer `index`.

@@ -11,7 +11,7 @@ from hashattention.config import BaseModel, Budget, MapsConfig
 from hashattention.maps import HashMaps
 from hashattention.models.capture import Sample
 from hashattention.train import metrics
-from hashattention.train.fit import draw, fit, layer_bytes, learning_rate
+from hashattention.train.fit import draw, fit, layer_bytes
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards
 
@@ -120,12 +120,3 @@ def test_the_papers_step_sees_one_block():
     blocks = {int(draw(recipe, step, 48, 8192)[0][1][0]) for step in range(100)}
     assert all(first % 256 == 0 for first in blocks) and len(blocks) > 20
     assert draw(recipe, 0, 48, 8192)[0][1].diff().eq(1).all()
-
-
-def test_the_rate_warms_up_and_falls():
-    recipe = tiny_recipe(steps=100, warmup=10, learning_rate=1.0)
-    assert [learning_rate(recipe, step) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
-    assert learning_rate(recipe, 10) == pytest.approx(1.0) and learning_rate(recipe, 99) == pytest.approx(
-        0.01, abs=1e-3
-    )
-    assert learning_rate(dataclasses.replace(recipe, schedule="constant"), 99) == 1.0

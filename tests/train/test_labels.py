@@ -3,17 +3,20 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hashattention.models.capture import Sample
 from hashattention.train import labels
+from hashattention.train.recipe import Recipe
 
 POSITIONS = torch.tensor([0, 5, 11, 19])
 SINK, LOCAL, TOKENS = 2, 3, 20
 
 
-def teacher(group=3, pool="mean", shared=True):
+def teacher(group=3, pool="mean", shared=True, weigh="none"):
     torch.manual_seed(0)
     query, key = torch.randn(2, 2 * group, 4, 8) * 2, torch.randn(2, 2, TOKENS, 8)
-    options = {"shared": shared, "pool": pool, "sink": SINK, "local": LOCAL}
-    return query, key, labels.teach(query, key, POSITIONS, torch.tensor([0.5, 0.25]), **options)
+    recipe = Recipe(pool=pool, weigh=weigh, sink=SINK, local=LOCAL)
+    sample = Sample(key, query, POSITIONS, torch.tensor([0.5, 0.25]), torch.randn(2, 2, TOKENS, 8) * 3)
+    return query, key, labels.teach(sample, recipe, shared=shared)
 
 
 def dense(query, key, layer, head, n, scale):

@@ -46,7 +46,7 @@ def test_names_and_files(tmp_path):
         ("[maps]\nbit = 32", "did you mean 'bits'"),
         ("maps = 3", "a table"),
         ("steps = [", "not a TOML file"),
-        ("loss = 'mse'", "one of distill, bce"),
+        ("loss = 'mse'", "one of distill, topk, mix, rank, bce"),
         ("steps = 0", "whole number >= 1"),
         ("steps = 1.5", "whole number >= 1"),
         ("context = 60", r"at least sink \+ local"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,25 +12,32 @@ from torch import Tensor
 from hashattention.config import BaseModel
 from hashattention.maps import HashMaps
 from hashattention.models.packaged import Progress
-from hashattention.train import labels
-from hashattention.train.losses import loss_per_head
+from hashattention.train.labels import heavy_candidates, tensor_float32
+from hashattention.train.losses import total
+from hashattention.train.optimise import Optimiser, RunningMean
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import Samples, hash_seed
 from hashattention.train.student import Student, measure_moments
+from hashattention.train.targets import LiveTargets, StoredTargets, Targets, stored_bytes
 
 #: Bytes one step may use on a CPU, and the share of a GPU's free memory it may use.
 CPU_BYTES = 2 << 30
 GPU_SHARE = 0.4
+#: Share of a GPU's free memory that stored targets may take.
+STORED_SHARE = 0.6
+#: Steps whose draws are moved to the device together.
+PLANNED = 256
 
 
 def fit(
     samples: Samples,
     base: BaseModel,
     recipe: Recipe,
-    folder: Path,
+    folder: Path | None,
     *,
     device: torch.device,
     memory_bytes: int | None = None,
+    targets: Targets | None = None,
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress | None = None,
 ) -> HashMaps:
@@ -42,11 +49,15 @@ def fit(
         Training sequences.
     base, recipe
         The model and how to train.
-    folder : Path
-        Where checkpoints are; finished and half-finished layers found there are continued, to the same bits.
+    folder : Path or None
+        Where checkpoints are; finished and half-finished layers found there are continued, to the same bits. None
+        keeps none.
     device : torch.device
     memory_bytes : int, optional
         What one step may use; decides how many layers are trained at once.
+    targets : Targets, optional
+        Of all layers, which are then trained at once. By default those of each group of layers are stored where a GPU
+        has room for them, and made in every step elsewhere.
     dtype : torch.dtype
         The weights of the result are rounded to it (and kept in float32), so that metrics see what is saved.
     progress : callable, optional
@@ -58,7 +69,7 @@ def fit(
         On the CPU.
     """
     bound = memory_bytes if memory_bytes is not None else _default_bytes(device)
-    at_once = max(1, min(len(base.layers), bound // layer_bytes(recipe, base)))
+    at_once = len(base.layers) if targets is not None else max(1, bound // layer_bytes(recipe, base))
     groups = [(first, min(first + at_once, len(base.layers))) for first in range(0, len(base.layers), at_once)]
     parts = []
     for number, (first, last) in enumerate(groups):
@@ -69,11 +80,20 @@ def fit(
 
         moments = measure_moments(samples, first, last, recipe.maps, base, device)
         student = Student(recipe, base, first, last, moments)
-        _run(student, samples, recipe, folder / f"layers-{first:03d}-{last:03d}.safetensors", device, report)
-        parts.append(student.folded(dtype))
+        path = None if folder is None else folder / f"layers-{first:03d}-{last:03d}.safetensors"
+        taught = targets or _targets(samples, recipe, base, first, last, device)
+        parts.append(student.folded(dtype, _run(student, samples, taught, path, device, report)))
     maps = HashMaps(recipe.maps, base)
     maps.load_state_dict({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     return maps.requires_grad_(False)
+
+
+def _targets(samples: Samples, recipe: Recipe, base: BaseModel, first: int, last: int, device: torch.device) -> Targets:
+    if device.type == "cuda":
+        needed = stored_bytes(recipe, base, len(samples), last - first)
+        if needed < torch.cuda.mem_get_info(device)[0] * STORED_SHARE:
+            return StoredTargets(samples, recipe, base, first, last, device)
+    return LiveTargets(recipe, base)
 
 
 def layer_bytes(recipe: Recipe, base: BaseModel) -> int:
@@ -85,16 +105,6 @@ def layer_bytes(recipe: Recipe, base: BaseModel) -> int:
         6 * recipe.maps.selection_heads(base) + recipe.maps.code_heads(base),
     )
     return (teacher + student) * pairs + 3 * recipe.maps.signature_heads(base) * activations
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Of step 0, 1, ...: linear warm-up, then constant or a cosine down to a hundredth."""
-    if step < recipe.warmup:
-        return recipe.learning_rate * (step + 1) / recipe.warmup
-    if recipe.schedule == "constant":
-        return recipe.learning_rate
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def draw(recipe: Recipe, step: int, sequences: int, held: int) -> list[tuple[int, Tensor]]:
@@ -122,56 +132,78 @@ def _default_bytes(device: torch.device) -> int:
 
 
 def _run(
-    student: Student, samples: Samples, recipe: Recipe, path: Path, device: torch.device, report: Callable[[int], None]
-) -> None:
-    optimiser = _optimiser(student, recipe)
-    done = _load(path, student, optimiser)
+    student: Student,
+    samples: Samples,
+    targets: Targets,
+    path: Path | None,
+    device: torch.device,
+    report: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """Train from the checkpoint at `path`, if there is one, to the last step; the tensors to keep."""
+    recipe = student.recipe
+    optimiser = Optimiser(student, recipe)
+    mean = RunningMean(student, recipe.average) if recipe.average else None
+    done = _load(path, student, optimiser, mean) if path is not None else 0
     report(done)
-    held = samples.read(0, student.first, student.last).query.shape[2]
+    held = samples.read(0, student.first, student.first + 1).query.shape[2]
     for step in range(done, recipe.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        optimiser.zero_grad(set_to_none=True)
-        hard = step >= recipe.straight_through * recipe.steps
-        for index, queries in draw(recipe, step, len(samples), held):
-            _backward(student, samples, index, queries, hard, device)
-        optimiser.step()
-        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-            _save(path, student, optimiser, step + 1)
+        if (step - done) % PLANNED == 0:
+            plan = _plan(recipe, range(step, min(step + PLANNED, recipe.steps)), len(samples), held, device)
+        for index, queries in plan[step]:
+            _backward(student, samples, targets, step, index, queries, device)
+        optimiser.step(step)
+        if mean is not None:
+            mean.add(student, step)
+        if path is not None and ((step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps):
+            _save(path, student, optimiser, mean, step + 1)
         report(step + 1)
+    return student.tensors if mean is None else mean.tensors
+
+
+def _plan(
+    recipe: Recipe, steps: range, sequences: int, held: int, device: torch.device
+) -> dict[int, list[tuple[int, Tensor]]]:
+    """`draw` of many steps, moved to the device at once: a step of its own never waits for a copy."""
+    drawn = {step: draw(recipe, step, sequences, held) for step in steps}
+    moved = torch.stack([queries for each in drawn.values() for _, queries in each]).to(device)
+    rows = iter(moved.unbind(0))
+    return {step: [(index, next(rows)) for index, _ in each] for step, each in drawn.items()}
+
+
+def slope(recipe: Recipe, step: int) -> float:
+    """Slope of the bits' tanh at a step: from 1 to `anneal`, geometrically, over the soft steps."""
+    soft = max(1.0, recipe.straight_through * recipe.steps)
+    return float(recipe.anneal ** min(1.0, step / soft))
 
 
 def _backward(
-    student: Student, samples: Samples, index: int, queries: Tensor, hard: bool, device: torch.device
+    student: Student,
+    samples: Samples,
+    targets: Targets,
+    step: int,
+    index: int,
+    queries: Tensor,
+    device: torch.device,
 ) -> None:
     recipe = student.recipe
-    sample = samples.read(index, student.first, student.last).to(device).pick(queries.to(device))
-    shared = student.selection_heads != student.base.num_attention_heads
+    sample = samples.read(index, student.first, student.last).to(device).pick(queries)
     with torch.no_grad():
-        options = {"shared": shared, "pool": recipe.pool, "sink": recipe.sink, "local": recipe.local}
-        teacher = labels.teach(sample.query, sample.key, sample.positions, sample.scale, **options)  # type: ignore[arg-type]
-    loss = loss_per_head(student.scores(sample, hard), teacher, recipe)
-    # Heads are independent: summed, each has the gradient it would have alone.
-    (loss.sum() / recipe.step_sequences).backward()
+        target = targets.of(index, queries, sample)
+    heavy = heavy_candidates(sample.positions, sample.key.shape[2], recipe.sink, recipe.local)
+    hard = step >= recipe.straight_through * recipe.steps
+    precise = tensor_float32() if student.dtype == torch.bfloat16 else contextlib.nullcontext()
+    with precise:
+        query, key = student.codes(sample, hard, slope(recipe, step))
+        loss = total(student.compare(query, key), key, target, heavy, recipe)
+        (loss / recipe.step_sequences).backward()
 
 
-def _optimiser(student: Student, recipe: Recipe) -> torch.optim.Optimizer:
-    kind = torch.optim.AdamW if recipe.weight_decay else torch.optim.Adam
-    parameters = list(student.tensors.values())
-    if recipe.loss == "bce":
-        # The sharpness has no part in this loss; without a gradient it would have no state to save.
-        parameters = [tensor for name, tensor in student.tensors.items() if name != "sharpness"]
-    return kind(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-
-
-def _save(path: Path, student: Student, optimiser: torch.optim.Optimizer, step: int) -> None:
+def _save(path: Path, student: Student, optimiser: Optimiser, mean: RunningMean | None, step: int) -> None:
     from safetensors.torch import save_file
 
-    tensors = {f"weight.{name}": tensor.detach() for name, tensor in student.tensors.items()}
-    for name, tensor in student.tensors.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            if tensor in optimiser.state:
-                tensors[f"{key}.{name}"] = optimiser.state[tensor][key]
+    tensors = {f"weight.{name}": tensor.detach() for name, tensor in student.tensors.items()} | optimiser.state()
+    if mean is not None:
+        tensors |= {f"mean.{name}": tensor for name, tensor in mean.tensors.items()}
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -180,7 +212,7 @@ def _save(path: Path, student: Student, optimiser: torch.optim.Optimizer, step: 
     partial.replace(path)
 
 
-def _load(path: Path, student: Student, optimiser: torch.optim.Optimizer) -> int:
+def _load(path: Path, student: Student, optimiser: Optimiser, mean: RunningMean | None) -> int:
     """Continue from a checkpoint: the steps it has seen; 0 if there is none, or one that cannot be read."""
     from safetensors import SafetensorError, safe_open
 
@@ -194,7 +226,7 @@ def _load(path: Path, student: Student, optimiser: torch.optim.Optimizer) -> int
         return 0
     for name, tensor in student.tensors.items():
         tensor.data.copy_(held[f"weight.{name}"])
-        if f"exp_avg.{name}" in held:
-            moments = {key: held[f"{key}.{name}"].to(tensor.device) for key in ("exp_avg", "exp_avg_sq")}
-            optimiser.state[tensor] = {"step": torch.tensor(float(step)), **moments}
+        if mean is not None:
+            mean.tensors[name].copy_(held[f"mean.{name}"])
+    optimiser.restore(held, step)
     return step

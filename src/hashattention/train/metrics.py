@@ -18,12 +18,23 @@ from hashattention.models.capture import Sample
 from hashattention.models.packaged import Progress
 from hashattention.ops.reference import unpack_bits
 from hashattention.rows import count_budget
-from hashattention.train.labels import attention_logits, heavy_candidates, pool_logits
+from hashattention.train.labels import (
+    attention_logits,
+    heavy_candidates,
+    pool_logits,
+    tensor_float32,
+    token_weights,
+)
+from hashattention.train.recipe import Pool
 from hashattention.train.shards import Samples
 
 #: recall is taken over this many heaviest candidates of every query head.
 RECALL_TOP = 64
 EXACT = ("exact_shared", "exact_shared_peak", "exact_per_head")
+#: Other exact selections, and Quest: pages by an upper bound of their logits, pooled like "exact_shared_peak".
+MORE = ("exact_shared_rank", "exact_shared_output", "exact_per_head_output", "quest")
+#: Tokens of one of Quest's pages.
+PAGE = 16
 FIELDS = ("error", "kept_mass", "recall")
 
 
@@ -53,7 +64,7 @@ class Exact:
         return cls(grouped, weights, value, weights @ value, heavy, top, sample.positions)
 
     def quality(self, chosen: Tensor) -> Tensor:
-        """Error, kept mass and recall (float64 ``[3]``, means) of the tokens `chosen`, bool ``[Hsel, N, T]``."""
+        """Error, kept mass and recall of the tokens `chosen` (bool ``[Hsel, N, T]``), float64 ``[Hkv, 3]``: means."""
         chosen = chosen.repeat_interleave(self.weights.shape[0] // chosen.shape[0], dim=0)
         kept = self.weights * chosen
         mass = kept.sum(-1)
@@ -61,7 +72,8 @@ class Exact:
         error = (out - self.out).norm(dim=-1) / self.out.norm(dim=-1)
         is_candidate = self.heavy.expand_as(self.weights).gather(-1, self.top)
         found = (chosen.gather(-1, self.top) & is_candidate).sum(-1) / is_candidate.sum(-1).clamp(min=1)
-        return torch.stack([error.double().mean(), mass.double().mean(), found.double().mean()])
+        means = torch.stack([error, mass, found]).double().mean(-1)
+        return means.unflatten(1, (self.grouped.shape[0], -1)).mean(-1).T
 
 
 def hash_scores(layer: LayerMaps, sample: Sample, selection_heads: int) -> Tensor:
@@ -70,9 +82,9 @@ def hash_scores(layer: LayerMaps, sample: Sample, selection_heads: int) -> Tenso
     signatures = layer.sign_keys(sample.key, backend="reference")[0]
     weights = unpack_bits(code).float() * 2 - 1 if code.dtype == torch.int32 else code.float()
     heads, count = signatures.shape[0], code.shape[1]
-    scores = weights.unflatten(0, (heads, -1)).flatten(1, 2) @ (unpack_bits(signatures).float() * 2 - 1).transpose(
-        -1, -2
-    )
+    with tensor_float32():
+        bits = (unpack_bits(signatures).float() * 2 - 1).transpose(-1, -2)
+        scores = weights.unflatten(0, (heads, -1)).flatten(1, 2) @ bits
     scores = scores.unflatten(1, (-1, count)).flatten(0, 1)
     return scores.unflatten(0, (selection_heads, -1)).sum(1)
 
@@ -114,7 +126,7 @@ def measure(
     base : BaseModel
     methods : dict
         Name to maps; None under a name of `EXACT`: "exact_shared" (top-k by the group's mean softmax, the yardstick),
-        "exact_shared_peak" (by the largest peak-normalised softmax), "exact_per_head".
+        "exact_shared_peak" (by the largest peak-normalised softmax), "exact_per_head"; or of `MORE`.
     budgets : sequence of Budget
         All with the same sink and local.
     device : torch.device
@@ -124,8 +136,23 @@ def measure(
     dict of Tensor, float64 ``[budgets, layers, 3]``
         error = |output - dense| / |dense|, kept attention mass, and recall of the 64 heaviest candidates, per method.
     """
+    found = measure_heads(held_out, base, methods, budgets, device=device, progress=progress)
+    return {name: table.mean(2) for name, table in found.items()}
+
+
+def measure_heads(
+    held_out: Samples,
+    base: BaseModel,
+    methods: dict[str, HashMaps | None],
+    budgets: Sequence[Budget],
+    *,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """`measure` for each KV head (mean over its group): float64 ``[budgets, layers, Hkv, 3]``."""
     layers = len(base.layers)
-    total = {name: torch.zeros(len(budgets), layers, 3, dtype=torch.float64) for name in methods}
+    shape = len(budgets), layers, base.num_key_value_heads, len(FIELDS)
+    total = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name in methods}
     moved = {name: maps.to(device) if maps is not None else None for name, maps in methods.items()}
     for index in range(len(held_out)):
         for row in range(layers):
@@ -133,19 +160,44 @@ def measure(
             exact = Exact.of(sample, budgets[0].sink, budgets[0].local)
             for name, maps in moved.items():
                 chosen = choose(_scores(name, maps, exact, sample, base, row), sample.positions, budgets)
-                total[name][:, row] += torch.stack([exact.quality(each) for each in chosen]).cpu() / len(held_out)
+                total[name][:, row] += torch.stack([exact.quality(each) for each in chosen]) / len(held_out)
             if progress is not None:
                 progress("measuring", index * layers + row + 1, len(held_out) * layers)
-    return total
+    return {name: table.cpu() for name, table in total.items()}
 
 
 def _scores(name: str, maps: HashMaps | None, exact: Exact, sample: Sample, base: BaseModel, row: int) -> Tensor:
     if maps is not None:
         return hash_scores(maps.layer(base.layers[row]), sample, maps.config.selection_heads(base))
-    assert name in EXACT, name
-    if name == "exact_per_head":
-        return exact.grouped.flatten(0, 1)
-    return pool_logits(exact.grouped, "mean" if name == "exact_shared" else "peak_max")
+    assert name in EXACT + MORE, name
+    if name == "quest":
+        return pool_logits(quest_bounds(sample), "peak_max")
+    weight = token_weights(sample, exact.grouped[None], "output") if name.endswith("_output") else None
+    own = None if weight is None else weight[0]
+    if name.startswith("exact_per_head"):
+        return (exact.grouped if own is None else exact.grouped + own).flatten(0, 1)
+    pools: dict[str, Pool] = {"exact_shared_peak": "peak_max", "exact_shared_rank": "rank"}
+    return pool_logits(exact.grouped, pools.get(name, "mean"), own)
+
+
+def quest_bounds(sample: Sample) -> Tensor:
+    """Upper bounds of the logits of each token's page, -inf in the future, float32 ``[Hkv, G, N, T]`` (one layer).
+
+    Quest, arXiv 2406.10774. Keys after a query's own position are in the summary of its last page, which lies in the
+    local window.
+    """
+    key = sample.key[0].float()
+    tokens = key.shape[1]
+    short = -tokens % PAGE
+    ends = []
+    for fill, sign in ((torch.inf, -1), (-torch.inf, 1)):
+        padded = torch.nn.functional.pad(key, (0, 0, 0, short), value=fill).unflatten(1, (-1, PAGE))
+        ends.append(padded.amin(2) if sign < 0 else padded.amax(2))
+    query = sample.query[0].float().unflatten(0, (key.shape[0], -1)) * sample.scale[0]
+    lowest, highest = (end[:, None].transpose(-1, -2) for end in ends)
+    bound = (query.clamp(min=0) @ highest + query.clamp(max=0) @ lowest).repeat_interleave(PAGE, -1)[..., :tokens]
+    future = torch.arange(tokens, device=key.device) > sample.positions[:, None]
+    return bound.masked_fill(future, -torch.inf)
 
 
 def summarise(measured: dict[str, Tensor], budgets: Sequence[Budget], base: BaseModel) -> dict[str, Any]:

@@ -13,17 +13,23 @@ from typing import Any, Literal
 from hashattention.config import MapsConfig, from_mapping
 from hashattention.errors import ConfigError
 
-Loss = Literal["distill", "bce"]
-Pool = Literal["mean", "peak_sum", "peak_max"]
+Loss = Literal["distill", "topk", "mix", "rank", "bce"]
+Pool = Literal["mean", "peak_sum", "peak_max", "rank"]
+Weigh = Literal["none", "value", "output"]
 
 _CHOICES = {
-    "loss": ("distill", "bce"),
-    "pool": ("mean", "peak_sum", "peak_max"),
+    "loss": ("distill", "topk", "mix", "rank", "bce"),
+    "pool": ("mean", "peak_sum", "peak_max", "rank"),
+    "weigh": ("none", "value", "output"),
+    "optimiser": ("adam", "muon"),
     "sampling": ("stratified", "chunk_tail"),
     "schedule": ("cosine", "constant"),
     "precision": ("float32", "bfloat16"),
 }
-_WHOLE = ("context", "sequences", "queries", "steps", "step_sequences", "step_queries", "top", "checkpoint_every")
+_WHOLE = (
+    *("context", "sequences", "queries", "steps", "step_sequences", "step_queries", "top", "negatives"),
+    "checkpoint_every",
+)
 _COUNTS = ("held_out", "held_out_queries", "sink", "local", "warmup", "seed")
 
 
@@ -44,18 +50,34 @@ class Recipe:
     sampling : {"stratified", "chunk_tail"}
         Where queries are taken: one from each of `queries` equal stretches after ``first_position * context``, or the
         last quarter of every 1024 tokens (the paper's).
-    loss : {"distill", "bce"}
-        Cross-entropy to the pooled attention of the heavy candidates, or the paper's weighted binary cross-entropy.
-    pool : {"mean", "peak_sum", "peak_max"}
+    loss : {"distill", "topk", "mix", "rank", "bce"}
+        Cross-entropy to the pooled attention of the heavy candidates; to a uniform target on the top; distillation
+        plus `keep_share` times the target mass lost at `budgets`; pairs of top tokens and `negatives` others, half of
+        them those the student scores highest; or the paper's weighted binary cross-entropy.
+    pool : {"mean", "peak_sum", "peak_max", "rank"}
         How the attention of a GQA group becomes one target (see `labels.pool_logits`).
-    top, top_mix : int, float
-        Labels are the `top` heaviest candidates; distillation gives a uniform target over them the weight `top_mix`.
+    weigh : {"none", "value", "output"}
+        Attention weights alone, times |v|, or times ``|v - o| / |o|``: the output error of leaving the token out.
+    top, top_mix, temper : int, float, float
+        Labels are the `top` heaviest candidates; distillation gives a uniform target over them the weight `top_mix`,
+        and raises the attention to the power `temper` first.
+    balance, decorrelation : float
+        Weight of the terms that keep each key bit set for half of the keys, and bits unlike each other.
     straight_through : float
         Share of the steps after which codes are hard (signs and integers) in the forward pass; 1 is never.
+    anneal : float
+        Slope of the key's tanh at the end of the soft steps; it grows from 1, geometrically.
     steps, step_sequences, step_queries : int
         Optimiser steps, and what one step sees.
-    learning_rate, weight_decay, warmup, schedule
-        AdamW (Adam where `weight_decay` is 0); `warmup` steps, then a cosine to a hundredth, or constant.
+    optimiser, learning_rate, weight_decay, warmup, schedule
+        "adam" (AdamW with a `weight_decay`) or "muon" (orthogonalised momentum for the weight matrices, Adam for the
+        rest); `warmup` steps, then a cosine to a hundredth, or constant.
+    query_rate : float
+        Learning rate of phi_q over that of phi_k.
+    average : float
+        Decay of the running mean of the weights that is kept instead of the last ones; 0 is off.
+    sharpness : float
+        Log of the scores' first factor, learned per layer and head.
     alpha, beta : float
         Weight of a label in the BCE: ``alpha + beta * context``.
     sink, local : int
@@ -80,16 +102,27 @@ class Recipe:
     first_position: float = 0.125
     loss: Loss = "distill"
     pool: Pool = "peak_max"
+    weigh: Weigh = "none"
     top: int = 64
     top_mix: float = 0.5
+    temper: float = 1.0
+    keep_share: float = 1.0
+    negatives: int = 64
+    balance: float = 0.0
+    decorrelation: float = 0.0
     straight_through: float = 0.25
+    anneal: float = 1.0
     steps: int = 1500
     step_sequences: int = 1
     step_queries: int = 256
+    optimiser: Literal["adam", "muon"] = "adam"
     learning_rate: float = 3e-3
+    query_rate: float = 1.0
     weight_decay: float = 0.0
     warmup: int = 50
     schedule: Literal["cosine", "constant"] = "cosine"
+    average: float = 0.0
+    sharpness: float = -1.0
     alpha: float = 20.0
     beta: float = 0.0
     sink: int = 16
@@ -107,7 +140,11 @@ class Recipe:
             _require(isinstance(value, int) and value >= least, name, f"a whole number >= {least}", value)
         for name in ("first_position", "top_mix", "straight_through"):
             _require(0 <= getattr(self, name) <= 1, name, "in 0..1", getattr(self, name))
-        _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
+        _require(0 <= self.average < 1, "average", "at least 0 and below 1", self.average)
+        for name in ("learning_rate", "query_rate", "temper", "anneal"):
+            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        for name in ("keep_share", "balance", "decorrelation", "weight_decay"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         _require(all(0 < budget <= 1 for budget in self.budgets), "budgets", "fractions in (0, 1]", self.budgets)
         least = self.sink + self.local + 2
         _require(self.context >= least, "context", f"at least sink + local + 2 = {least} tokens", self.context)

@@ -7,15 +7,12 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hashattention.config import BaseModel, MapsConfig
 from hashattention.models.capture import Sample
-from hashattention.ops.reference import mlp
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import Samples, hash_seed
-
-#: Log of the first temperature's inverse: scores of fresh maps start about as spread as attention logits are.
-FIRST_SHARPNESS = -1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +23,9 @@ class Moments:
     std: Tensor
 
     def normalise(self, x: Tensor) -> Tensor:
-        """``[L, H, T, in]`` with mean 0 and deviation 1 per channel."""
-        return (x.float() - self.mean[:, :, None]) / self.std[:, :, None]
+        """``[L, H, T, in]`` with mean 0 and deviation 1 per channel, float32."""
+        scale = self.std[:, :, None].reciprocal()
+        return torch.addcmul(-self.mean[:, :, None] * scale, x, scale)
 
     def fold(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The first stage for inputs as they are: weight / std, rounded to `dtype`, and bias - mean @ weight."""
@@ -68,6 +66,16 @@ def _moments(count: Tensor, total: Tensor, squares: Tensor) -> Moments:
     return Moments(mean.float(), variance.sqrt().clamp(min=1e-4).float())
 
 
+def mlp(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """`ops.reference.mlp` for all layers at once, in the dtype of `x` ``[L, H, T, in]``: logits ``[L, H, T, out]``."""
+    hidden = x.flatten(0, 1)
+    for stage, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if stage:
+            hidden = functional.silu(hidden)
+        hidden = torch.baddbmm(bias.flatten(0, 1)[:, None].to(x.dtype), hidden, weight.flatten(0, 1).to(x.dtype))
+    return hidden.unflatten(0, x.shape[:2])
+
+
 class Student:
     """phi_q and phi_k of layers ``first <= l < last`` (rows of `BaseModel.layers`) as leaf tensors on `device`."""
 
@@ -76,84 +84,93 @@ class Student:
         self.first, self.last, self.moments = first, last, moments
         self.selection_heads = self.config.selection_heads(base)
         group = base.group_size if self.config.query_input == "group" else 1
-        tail = (*self.config.widths, self.config.bits)
         shapes = {
-            "query": (self.config.code_heads(base), group * base.head_dim),
-            "key": (self.config.signature_heads(base), base.head_dim),
+            "query": (self.config.code_heads(base), group * base.head_dim, self.config.hidden_of_queries),
+            "key": (self.config.signature_heads(base), base.head_dim, self.config.widths),
         }
+        self.stage_counts = {name: len(hidden) + 1 for name, (_, _, hidden) in shapes.items()}
         self.tensors: dict[str, Tensor] = {}
-        for name, (heads, width) in shapes.items():
-            sizes = (width, *tail)
+        for name, (heads, width, hidden) in shapes.items():
+            sizes = (width, *hidden, self.config.bits)
             for stage, (inside, outside) in enumerate(itertools.pairwise(sizes)):
                 self._draw(f"{name}.weights.{stage}", (heads, inside, outside), inside**-0.5 * (1.6 if stage else 1.0))
                 self._draw(f"{name}.biases.{stage}", (heads, outside), 0.0)
         self._draw("sharpness", (self.selection_heads,), 0.0)
-        self.tensors["sharpness"] += FIRST_SHARPNESS
+        self.tensors["sharpness"] += recipe.sharpness
         self.tensors = {
             name: tensor.to(moments[0].mean.device).requires_grad_() for name, tensor in self.tensors.items()
         }
+        fast = recipe.precision == "bfloat16" and moments[0].mean.is_cuda
+        self.dtype = torch.bfloat16 if fast else torch.float32
 
     def _draw(self, name: str, shape: tuple[int, ...], deviation: float) -> None:
         """First values; every layer has a seed of its own, so that they do not depend on how layers are grouped."""
         rows = []
-        for layer in range(self.first, self.last):
+        for layer in self.base.layers[self.first : self.last]:
             generator = torch.Generator().manual_seed(hash_seed(self.recipe.seed, name, layer))
             rows.append(torch.randn(shape, generator=generator) * deviation)
         self.tensors[name] = torch.stack(rows)
 
     def stages(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and biases of phi_q ("query") or phi_k ("key"), a stage an entry."""
-        count = len(self.config.widths) + 1
-        return tuple(
-            [self.tensors[f"{name}.{kind}.{stage}"] for stage in range(count)] for kind in ("weights", "biases")
-        )  # type: ignore[return-value]
+        stages = range(self.stage_counts[name])
+        weights, biases = (
+            [self.tensors[f"{name}.{kind}.{stage}"] for stage in stages] for kind in ("weights", "biases")
+        )
+        return weights, biases
 
-    def scores(self, sample: Sample, hard: bool) -> Tensor:
+    def scores(self, sample: Sample, hard: bool, slope: float = 1.0) -> Tensor:
         """Scores float32 ``[L, Hsel, n, T]`` of a sample's queries against its keys; `hard` ones are as served."""
-        query, key = self.codes(sample, hard)
+        return self.compare(*self.codes(sample, hard, slope))
+
+    def compare(self, query: Tensor, key: Tensor) -> Tensor:
+        """Scores of query codes ``[L, Hc, n, bits]`` against key codes ``[L, Hs, T, bits]``, times the sharpness."""
         layers, signature_heads, tokens, _ = key.shape
+        if self.recipe.loss != "bce":
+            # On the query, which is small, rather than on the scores; one factor for all codes that are summed.
+            factor = self.tensors["sharpness"].exp()
+            query = query * factor.repeat_interleave(query.shape[1] // factor.shape[1], dim=1)[:, :, None, None]
         weights = query.unflatten(1, (signature_heads, -1))
         size, count = weights.shape[2:4]
         scores = weights.flatten(2, 3) @ key.transpose(-1, -2)
         scores = scores.view(layers, signature_heads * size, count, tokens)
         if scores.shape[1] != self.selection_heads:
             scores = scores.unflatten(1, (self.selection_heads, -1)).sum(2)
-        if self.recipe.loss == "bce":
-            return scores
-        return scores * self.tensors["sharpness"].exp()[:, :, None, None]
+        return scores
 
-    def codes(self, sample: Sample, hard: bool) -> tuple[Tensor, Tensor]:
-        """Query codes ``[L, Hc, n, bits]``, key codes ``[L, Hs, T, bits]``; hard ones are what the kernels compute."""
+    def codes(self, sample: Sample, hard: bool, slope: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Query codes ``[L, Hc, n, bits]``, key codes ``[L, Hs, T, bits]``; hard ones are what the kernels compute.
+
+        `slope` multiplies the logits of bits before their tanh.
+        """
         query_moments, key_moments = self.moments
         x = query_moments.normalise(query_input(sample.query, self.config.code_heads(self.base)))
         y = key_moments.normalise(key_input(sample.key, self.config.signature_heads(self.base)))
-        fast = self.recipe.precision == "bfloat16" and x.is_cuda
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=fast):
-            query, key = mlp(x, *self.stages("query")), mlp(y, *self.stages("key"))
-        key = soft_sign(key.float(), hard)
+        query, key = (mlp(z.to(self.dtype), *self.stages(name)).float() for name, z in (("query", x), ("key", y)))
+        key = soft_sign(key, hard, slope)
         if self.config.score == "symmetric":
-            return soft_sign(query.float(), hard), key
+            return soft_sign(query, hard, slope), key
         # Not squashed: an integer code is scaled by its row's largest weight, which leaves the ranking as it was.
-        query = query.float()
         if query.shape[1] != self.selection_heads:
             # Summed with others, as integers: only codes on one scale give the sum that is served.
             query = query / query.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return soft_round(query, self.config.levels) if hard else query, key
 
-    def folded(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def folded(self, dtype: torch.dtype, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors of `HashMaps` (its names) for these layers, normalisation folded in, weights rounded to
-        `dtype`.
+        `dtype`; of `tensors` (a running mean, say) in place of the student's own, if given.
         """
-        folded = {name: tensor.detach() for name, tensor in self.tensors.items() if name != "sharpness"}
+        named = self.tensors if tensors is None else tensors
+        folded = {name: tensor.detach() for name, tensor in named.items() if name != "sharpness"}
         for name, moments in zip(("query", "key"), self.moments, strict=True):
             first = f"{name}.weights.0", f"{name}.biases.0"
             folded[first[0]], folded[first[1]] = moments.fold(folded[first[0]], folded[first[1]], dtype)
         return {n: (t.to(dtype).float() if ".weights." in n else t).cpu() for n, t in folded.items()}
 
 
-def soft_sign(logits: Tensor, hard: bool) -> Tensor:
-    """tanh, or +-1 (bit = logit > 0) with the gradient of tanh."""
-    soft = torch.tanh(logits)
+def soft_sign(logits: Tensor, hard: bool, slope: float = 1.0) -> Tensor:
+    """``tanh(slope * logits)``, or +-1 (bit = logit > 0) with the gradient of that."""
+    soft = torch.tanh(logits if slope == 1 else logits * slope)
     if not hard:
         return soft
     return soft + (torch.where(logits > 0, 1.0, -1.0) - soft).detach()
