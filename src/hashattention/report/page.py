@@ -17,7 +17,12 @@ from hashattention.report import plots, table
 
 def check_dependencies() -> None:
     """Raise `MissingDependencyError` unless the packages that make a page are installed."""
-    missing = [package for package in ("jinja2", "plotly") if importlib.util.find_spec(package) is None]
+    check_packages("jinja2", "plotly")
+
+
+def check_packages(*packages: str) -> None:
+    """Raise `MissingDependencyError` unless `packages` are installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise MissingDependencyError(f'a report needs {" and ".join(missing)}: pip install "hashattention[report]"')
 
