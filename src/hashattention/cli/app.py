@@ -12,6 +12,7 @@ from hashattention import __version__
 from hashattention.cli.bench import bench
 from hashattention.cli.demo import demo
 from hashattention.cli.env import env
+from hashattention.cli.eval import eval_
 from hashattention.cli.generate import generate
 from hashattention.cli.inspect import inspect
 from hashattention.cli.output import console
@@ -68,5 +69,6 @@ def options(
     """Long-context decoding that reads only the tokens that matter."""
 
 
+app.command("eval")(eval_)
 for verb in (demo, train, generate, inspect, bench, env):
     app.command()(verb)

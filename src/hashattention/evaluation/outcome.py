@@ -1,0 +1,146 @@
+"""One method on one batch that was read: answers and their log-probabilities, perplexity, agreement with dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hashattention.evaluation.meter import Meter
+from hashattention.evaluation.prompt import encode
+from hashattention.evaluation.reader import Reader
+from hashattention.evaluation.tasks.base import Question
+
+#: Tokens of a right answer that count for its log-probability.
+TARGET_TOKENS = 64
+#: How often a growing answer is graded, in tokens.
+GRADE_EVERY = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What becomes a row; fields as in `Row`."""
+
+    score: float
+    answer: str = ""
+    logprob: float | None = None
+    nll: float | None = None
+    kl: float | None = None
+
+
+def answer(
+    reader: Reader, tokenizer: Any, questions: Sequence[Question], tokens: Sequence[Sequence[int]], meter: Meter
+) -> list[Outcome]:
+    """Read the questions' `tokens` (all of one length, perhaps 0) behind the contexts, then answer greedily."""
+    logits = reader.logits
+    if tokens[0]:
+        logits = reader.forward(torch.tensor([list(one) for one in tokens], device=logits.device))[:, -1]
+    mark = reader.mark()
+    texts = _say(reader, tokenizer, questions, logits, meter)
+    reader.rewind(mark)
+    meter.until = -1
+    logprobs = _weigh(reader, [encode(tokenizer, question.target)[:TARGET_TOKENS] for question in questions], logits)
+    return [
+        Outcome(question.grade(text), text.strip(), logprob)
+        for question, text, logprob in zip(questions, texts, logprobs, strict=True)
+    ]
+
+
+def _say(reader: Reader, tokenizer: Any, questions: Sequence[Question], logits: Tensor, meter: Meter) -> list[str]:
+    """Greedy answers; a request that has ended runs along unheard."""
+    stops = _stops(reader.model, tokenizer)
+    said: list[list[int]] = [[] for _ in questions]
+    going = [True] * len(questions)
+    while True:
+        best = logits.argmax(-1)
+        for place, token in enumerate(best.tolist()):
+            if going[place] and token not in stops:
+                said[place].append(token)
+            going[place] = going[place] and token not in stops and not _ended(questions[place], said[place], tokenizer)
+        if not any(going):
+            break
+        meter.active = torch.tensor(going, dtype=torch.float32, device=logits.device)
+        logits = reader.forward(best[:, None])[:, -1]
+    texts = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in said]
+    return [
+        text.lstrip("\n").split("\n")[0] if question.first_line else text
+        for question, text in zip(questions, texts, strict=True)
+    ]
+
+
+def _ended(question: Question, said: Sequence[int], tokenizer: Any) -> bool:
+    if len(said) >= question.max_new_tokens:
+        return True
+    grade = question.growing and len(said) % GRADE_EVERY == 0
+    if not (question.first_line or grade):
+        return False
+    text = tokenizer.decode(said, skip_special_tokens=True)
+    return (question.first_line and "\n" in text.lstrip("\n")) or (grade and question.grade(text) == 1.0)
+
+
+def _weigh(reader: Reader, targets: Sequence[Sequence[int]], logits: Tensor) -> list[float | None]:
+    """Mean log-probability of each target's tokens, given those before; None for an empty one."""
+    longest = max(map(len, targets))
+    if not longest:
+        return [None] * len(targets)
+    # What pads a shorter target lies behind it, where nothing that counts can see it.
+    padded = torch.tensor([[*one, *[0] * (longest - len(one))] for one in targets], device=logits.device)
+    parts = [logits[:, None]]
+    if longest > 1:
+        parts.append(reader.forward(padded[:, :-1], keep=longest - 1))
+    found = torch.cat(parts, 1).log_softmax(-1).gather(-1, padded[..., None])[..., 0].tolist()
+    return [
+        sum(one[: len(target)]) / len(target) if target else None for one, target in zip(found, targets, strict=True)
+    ]
+
+
+def predict(reader: Reader, tails: Sequence[Sequence[int]]) -> list[Outcome]:
+    """Perplexity of the tails: every token but the first, which dense predicts."""
+    tokens = torch.tensor([list(tail) for tail in tails], device=reader.logits.device)
+    logits = reader.forward(tokens[:, :-1], keep=tokens.shape[1] - 1)
+    losses = functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+    return [Outcome(score=float((-loss).exp()), nll=float(loss)) for loss in losses.cpu().double()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """What dense says next: `tokens` int64 ``[B, T]``, and its log-probabilities behind each but the last, float32
+    ``[B, T - 1, V]``.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+def go_on(reader: Reader, tokens: int) -> Continuation:
+    """Dense's greedy continuation of the contexts; the reader forgets it again."""
+    said, logits = [], reader.logits
+    for _ in range(tokens):
+        said.append(logits.argmax(-1, keepdim=True))
+        if len(said) < tokens:
+            logits = reader.forward(said[-1])[:, -1]
+    reader.forget()
+    told = torch.cat(said, 1)
+    # Once more in one pass, as every method is compared: otherwise rounding alone would differ.
+    logprobs = reader.forward(told[:, :-1], keep=tokens - 1).log_softmax(-1)
+    reader.forget()
+    return Continuation(told, logprobs)
+
+
+def agree(reader: Reader, dense: Continuation) -> list[Outcome]:
+    """Share of most likely tokens that are dense's, and the divergence from dense, along its continuation."""
+    found = reader.forward(dense.tokens[:, :-1], keep=dense.logprobs.shape[1]).log_softmax(-1)
+    match = (found.argmax(-1) == dense.logprobs.argmax(-1)).float().mean(1).tolist()
+    # A token that dense gives no probability adds nothing.
+    kl = (dense.logprobs.exp() * (dense.logprobs - found)).nan_to_num(0.0).sum(-1).mean(1).tolist()
+    return [Outcome(score=score, kl=max(0.0, other)) for score, other in zip(match, kl, strict=True)]
+
+
+def _stops(model: Any, tokenizer: Any) -> set[int]:
+    config = getattr(model, "generation_config", None)
+    ends = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
+    return {token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None}
