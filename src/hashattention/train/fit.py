@@ -16,7 +16,7 @@ from hashattention.train.labels import heavy_candidates, tensor_float32
 from hashattention.train.losses import total
 from hashattention.train.optimise import Optimiser, RunningMean
 from hashattention.train.recipe import Recipe
-from hashattention.train.shards import Samples, hash_seed
+from hashattention.train.shards import MemoryShards, Samples, hash_seed, resident, sample_bytes
 from hashattention.train.student import Student, measure_moments
 from hashattention.train.targets import LiveTargets, StoredTargets, Targets, stored_bytes
 
@@ -78,14 +78,24 @@ def fit(
             if progress is not None:
                 progress("training", done + step, len(groups) * recipe.steps)
 
-        moments = measure_moments(samples, first, last, recipe.maps, base, device)
+        near = _nearby(samples, recipe, base, first, last, device)
+        moments = measure_moments(near, first, last, recipe.maps, base, device)
         student = Student(recipe, base, first, last, moments)
         path = None if folder is None else folder / f"layers-{first:03d}-{last:03d}.safetensors"
-        taught = targets or _targets(samples, recipe, base, first, last, device)
-        parts.append(student.folded(dtype, _run(student, samples, taught, path, device, report)))
+        taught = targets or _targets(near, recipe, base, first, last, device)
+        parts.append(student.folded(dtype, _run(student, near, taught, path, device, report)))
     maps = HashMaps(recipe.maps, base)
     maps.load_state_dict({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     return maps.requires_grad_(False)
+
+
+def _nearby(samples: Samples, recipe: Recipe, base: BaseModel, first: int, last: int, device: torch.device) -> Samples:
+    """Samples on disk are taken into a GPU's memory where half of what is free holds these layers."""
+    if device.type != "cuda" or isinstance(samples, MemoryShards):
+        return samples
+    needed = len(samples) * sample_bytes(recipe, base, held_out=False) * (last - first) // len(base.layers)
+    fits = needed < torch.cuda.mem_get_info(device)[0] * 0.5
+    return resident(samples, first, last, device) if fits else samples
 
 
 def _targets(samples: Samples, recipe: Recipe, base: BaseModel, first: int, last: int, device: torch.device) -> Targets:

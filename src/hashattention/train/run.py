@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 #: Inside the output folder until training is done: checkpoints, and shards one folder down.
 WORK = "work"
 SHARDS = "shards"
+#: Tokens a GPU reads at once while capturing.
+GPU_CHUNK = 16384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +150,8 @@ def capture_all(
         number = index if held_out else index - len(text.held_out)
         target = captured.held_out if held_out else captured.train
         positions = shards.draw_positions(recipe, number, held_out=held_out)
-        target.obtain(f"{number:05d}", _capturing(model, base, tokens, positions, held_out))
+        value = held_out or recipe.weigh != "none"
+        target.obtain(f"{number:05d}", _capturing(model, base, tokens, positions, value))
         if progress is not None:
             progress("capturing queries and keys", index + 1, total)
     return captured
@@ -172,9 +175,11 @@ def evaluate(
 
 
 def _capturing(model: Any, base: BaseModel, tokens: Tensor, positions: Tensor, value: bool) -> Callable[[], Any]:
-    from hashattention.models.capture import capture
+    from hashattention.models.capture import CHUNK, capture
 
-    return lambda: capture(model, base, tokens, positions, value=value)
+    # A GPU reads much at once, and in one piece its attention is causal without a mask.
+    chunk = GPU_CHUNK if next(model.parameters()).is_cuda else CHUNK
+    return lambda: capture(model, base, tokens, positions, value=value, chunk=chunk)
 
 
 def _load(

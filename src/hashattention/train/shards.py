@@ -33,17 +33,18 @@ class Samples(Protocol):
 
 
 class MemoryShards:
-    """Samples kept where they were captured; nothing touches the disk."""
+    """Samples kept in memory; nothing touches the disk. They hold the layers from row `first` on."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0) -> None:
         self.samples: list[Sample] = []
+        self.first = first
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int, first: int, last: int) -> Sample:
         """Layers ``first <= l < last`` of sequence `index`."""
-        return self.samples[index].layers(first, last)
+        return self.samples[index].layers(first - self.first, last - self.first)
 
     def obtain(self, name: str, make: Callable[[], Sample]) -> None:
         """Add the sample that `make` gives."""
@@ -127,6 +128,14 @@ class FolderShards:
         return sums
 
 
+def resident(samples: Samples, first: int, last: int, device: torch.device) -> Samples:
+    """Layers ``first <= l < last`` of all `samples` in the memory of `device`: read once, not in every step."""
+    held = MemoryShards(first)
+    for index in range(len(samples)):
+        held.samples.append(samples.read(index, first, last).to(device))
+    return held
+
+
 def claim(path: Path, settings: Mapping[str, Any], what: str) -> None:
     """Write `settings` to the JSON file `path`; raise `CheckpointError` if it holds others (damaged: replaced)."""
     asked = json.loads(json.dumps(settings))
@@ -173,7 +182,8 @@ def capture_settings(recipe: Recipe, base: BaseModel, weights: str, texts: str) 
     # The name is where a model was found; its architecture and weights say which it is.
     model = {key: value for key, value in dataclasses.asdict(base).items() if key != "name"}
     # The texts last: their tokens depend on the context, and the cause is to be named, not its effect.
-    return {"model": model, "weights": weights, **ours, "texts": texts}
+    values = {"values": True} if recipe.weigh != "none" else {}
+    return {"model": model, "weights": weights, **ours, **values, "texts": texts}
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
@@ -189,7 +199,8 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 def sample_bytes(recipe: Recipe, base: BaseModel, *, held_out: bool) -> int:
     """Bytes of one captured sequence (2-byte values)."""
     count = recipe.held_out_queries if held_out else recipe.queries
-    rows = base.num_key_value_heads * recipe.context * (2 if held_out else 1) + base.num_attention_heads * count
+    kept = 2 if held_out or recipe.weigh != "none" else 1
+    rows = base.num_key_value_heads * recipe.context * kept + base.num_attention_heads * count
     return 2 * len(base.layers) * base.head_dim * rows
 
 
