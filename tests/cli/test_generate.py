@@ -41,6 +41,30 @@ def test_density_1_says_what_dense_says(invoke, last_json, tiny_model_folder, ti
     assert dense["kv_bytes_per_token"] == whole["kv_bytes_per_token"]
 
 
+@pytest.mark.parametrize("count", [1, 11])
+def test_both_ways_from_one_prefill(
+    invoke, last_json, tiny_model_folder, tiny_maps_folder, prompt_file, count: int
+) -> None:
+    words = "generate", tiny_model_folder, "--prompt-file", prompt_file, "--min-context", 0, "--max-new-tokens", count
+    alone = last_json(invoke(*words, "--dense", "--json"))
+    few = last_json(invoke(*words, "--maps", tiny_maps_folder, "--json"))
+    done = invoke(*words, "--maps", tiny_maps_folder, "--compare", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = last_json(done)
+    assert found["dense"]["text"] == alone["text"]
+    assert found["hash"]["text"] == few["text"]
+    assert found["hash"]["attended"] < found["dense"]["attended"] == 280 + count
+    rates = [found[name]["tokens_per_second"] for name in ("dense", "hash")]
+    assert found["speedup"] == (rates[1] / rates[0] if count > 2 else None)
+    assert (count > 2) == ("dense: " in done.stderr and "tokens/s" in done.stderr)
+
+
+def test_comparing_needs_maps_and_both_ways(refused, tiny_model_folder, tiny_maps_folder, prompt_file) -> None:
+    words = "generate", tiny_model_folder, "--prompt-file", prompt_file, "--compare"
+    assert "--compare decodes both ways" in refused(*words, "--maps", tiny_maps_folder, "--dense")
+    assert "give --maps DIR" in refused(*words)
+
+
 def test_stdin_and_a_short_context(invoke, tiny_model_folder, tiny_maps_folder) -> None:
     done = invoke("generate", tiny_model_folder, "--maps", tiny_maps_folder, "--max-new-tokens", 3, stdin="Hello")
     assert done.exit_code == 0, done.stderr

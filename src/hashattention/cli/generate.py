@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from hashattention.config import BaseModel, Budget, MapsConfig
+    from hashattention.maps import HashMaps
 
 
 def generate(
@@ -28,6 +29,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation, in tokens.")] = 128,
     min_context: Annotated[int, typer.Option(min=0, help="Shorter contexts are attended densely.")] = 1024,
     dense: Annotated[bool, typer.Option("--dense", help="The model's own attention; needs no maps.")] = False,
+    both: Annotated[
+        bool, typer.Option("--compare", help="Dense and hash attention in turn from one prefill: tokens/s of both.")
+    ] = False,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Use the chat format; by default if the model has one.")
     ] = None,
@@ -42,6 +46,8 @@ def generate(
     """Continue a prompt greedily; the text goes to stdout as it comes."""
     if maps is None and not dense:
         raise ConfigError("generate needs trained maps: give --maps DIR, or --dense for the model's own attention.")
+    if both and (dense or maps is None):
+        raise ConfigError("--compare decodes both ways: give --maps DIR and leave --dense out.")
     from hashattention import Budget, HashMaps, provenance
     from hashattention.models.describe import describe
 
@@ -54,6 +60,11 @@ def generate(
         loaded = load(model, where, kind, report)
     base = describe(loaded.model)
     ids = _encode(loaded, prompt, chat, max_new_tokens)
+    if both and loaded_maps is not None:
+        found = _compare(loaded, loaded_maps, budget, min_context, ids, max_new_tokens, quiet=as_json)
+        if as_json:
+            emit({"maps": Path(str(maps)).name, **found, "origin": provenance.origin(where)})
+        return
     said = _continue(loaded, loaded_maps, budget, min_context, ids, max_new_tokens, quiet=as_json)
     length = ids.shape[1] + said["new_tokens"]
     sparse = loaded_maps is not None and length >= min_context
@@ -119,6 +130,35 @@ def _continue(
         "new_tokens": out.shape[1] - ids.shape[1],
         "prefill_seconds": times[1] - times[0],
         "tokens_per_second": 1 / statistics.median(steps) if steps else None,
+    }
+
+
+def _compare(
+    loaded: Any, maps: HashMaps, budget: Budget, min_context: int, ids: torch.Tensor, new_tokens: int, *, quiet: bool
+) -> dict[str, Any]:
+    """Both ways from one prefill, said on stderr; the row of ``--json``."""
+    import torch
+
+    from hashattention.cli.compare import compare
+    from hashattention.models.describe import describe
+
+    found = compare(loaded, maps, budget, min_context, ids, new_tokens)
+    base, length = describe(loaded.model), ids.shape[1] + new_tokens
+    for name, config in (("dense", None), ("hash", maps.config)):
+        found[name] |= traffic(base, config, budget, length, loaded.model.dtype.itemsize)
+        rate = found[name]["tokens_per_second"]
+        console().print(f"{name}: {rate:.2f} tokens/s" if rate else f"{name}: one token is too few to time")
+        if not quiet:
+            typer.echo(f"{name}: {found[name]['text']}")
+    rates = [found[name]["tokens_per_second"] for name in ("dense", "hash")]
+    found["speedup"] = rates[1] / rates[0] if all(rates) else None
+    return {
+        "model": base.name,
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": new_tokens,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        **found,
     }
 
 

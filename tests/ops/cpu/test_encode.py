@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -84,3 +85,20 @@ def test_views_of_all_layers(instruction_set: str) -> None:
     x, weights, biases = draw((1, 2, 1), [32, 64, 64], torch.float32, 2)
     stacked = [torch.stack([torch.full_like(w, torch.nan), w])[1] for w in weights]
     assert torch.equal(native().encode_query(x, stacked, biases, 7)[0], native().encode_query(x, weights, biases, 7)[0])
+
+
+@pytest.mark.parametrize("size", [0, 3, 16])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_written_where_the_reference_writes(
+    instruction_set: str, size: int, tokens: int, to_pages: Callable[..., tuple[Tensor, ...]]
+) -> None:
+    """Requests that begin before the cache, inside it, across its end and past it; what lies outside is dropped."""
+    x, weights, biases = draw((4, 2, tokens), [32, 64], torch.float32, 3)
+    cache = torch.full((4, 2, 10, 2), 7, dtype=torch.int32)
+    table, pages = to_pages(size, cache, seed=1) if size else (None, cache)
+    expected = pages.clone()
+    first = torch.tensor([-2, 4, 8, 60], dtype=torch.int32)
+    native().write_signature(x, weights, biases, pages, first, table)
+    reference.write_signature(x, weights, biases, expected, first, table)
+    assert torch.equal(pages, expected)
+    assert (pages != 7).any()

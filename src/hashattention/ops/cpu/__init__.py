@@ -24,6 +24,7 @@ try:
         score,
         score_select,
         select,
+        write_signature,
     )
 except ImportError as error:
     MISSING = str(error)
@@ -40,6 +41,7 @@ __all__ = [
     "score",
     "score_select",
     "select",
+    "write_signature",
 ]
 
 

@@ -64,6 +64,28 @@ def encode_signature(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> 
     return words
 
 
+def write_signature(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    signatures: Tensor,
+    first: Tensor,
+    block_table: Tensor | None = None,
+) -> None:
+    """As `reference.write_signature`."""
+    new, size, tokens = encode_signature(x, weights, biases), signatures.shape[2], _tokens(signatures, block_table)
+    for request, position in enumerate(first.tolist()):
+        last = min(position + x.shape[2], tokens)
+        if block_table is None:
+            begin = max(position, 0)
+            if begin < last:
+                signatures[request, :, begin:last] = new[request, :, begin - position : last - position]
+            continue
+        for token in range(max(position, 0), last):
+            page = int(block_table[request, token // size])
+            signatures[page, :, token % size] = new[request, :, token - position]
+
+
 def _pages(cache: Tensor, block_table: Tensor | None) -> _native.Pages:
     if block_table is None:
         return _native.Pages(0, 0, 1, 0)
