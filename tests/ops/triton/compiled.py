@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from hashattention.ops.triton import attend, decode, encode_signature, score
+from hashattention.ops.triton import attend, decode, decode_step, encode_signature, score
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -84,7 +84,10 @@ def main(arch: int) -> None:
     )
     signatures, bounds = torch.zeros(1, heads, tokens, 2, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)
     budgets = torch.zeros(1, heads, 3, dtype=torch.int32)
-    decode(q, k, k, signatures, maps, biases, bounds[0], bounds[1], budgets, 336, 7, 0.1)
+    step = (q, k, k, signatures, maps, biases, bounds[0], bounds[1], budgets, 336, 7, 0.1)
+    decode(*step)
+    key_maps = [torch.zeros(heads, dim, 256, dtype=torch.bfloat16), *maps[1:]]
+    decode_step(*step, new_key=(k[:, :, :1], key_maps, biases))
     code = torch.zeros(1, heads, 1, 2, dtype=torch.int32)
     score(code, signatures, heads)
     indices = torch.zeros(1, heads, 336, dtype=torch.int32)

@@ -12,12 +12,22 @@ import triton
 from torch import Tensor
 
 from hashattention.ops.triton.attend import attend
-from hashattention.ops.triton.decode import decode
+from hashattention.ops.triton.decode import decode, decode_step
 from hashattention.ops.triton.encode import LAST_STAGE_BYTES, encode_query, encode_signature, write_signature
 from hashattention.ops.triton.score import score
 from hashattention.ops.triton.select import MOST_LEVELS, levels_of, score_select
 
-__all__ = ["attend", "decode", "encode_query", "encode_signature", "refuse", "score", "score_select", "write_signature"]
+__all__ = [
+    "attend",
+    "decode",
+    "decode_step",
+    "encode_query",
+    "encode_signature",
+    "refuse",
+    "score",
+    "score_select",
+    "write_signature",
+]
 
 
 def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
@@ -27,12 +37,13 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
         reason = "empty tensors are left to the reference"
     if reason is None and arguments.get("mask") is not None:
         reason = "a mask with holes is not supported"
-    if reason is None and arguments.get("weights"):
-        reason = _refuse_map(arguments["weights"])
+    for name in ("weights", "key_weights"):
+        if reason is None and arguments.get(name):
+            reason = _refuse_map(arguments[name])
     code, heads = arguments.get("code"), arguments.get("selection_heads")
     if reason is None and op == "score_select" and code is not None and heads:
         reason = _refuse_levels(levels_of(code, heads, arguments.get("levels", 127)))
-    if reason is None and op == "decode":
+    if reason is None and op in ("decode", "decode_step"):
         weights, levels = arguments["weights"], arguments["levels"]
         heads, bits = weights[0].shape[0] // arguments["selection_heads"], weights[-1].shape[-1]
         reason = _refuse_levels(heads * bits * max(levels, 1) + 1)
