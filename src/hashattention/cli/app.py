@@ -16,6 +16,7 @@ from hashattention.cli.eval import eval_
 from hashattention.cli.generate import generate
 from hashattention.cli.inspect import inspect
 from hashattention.cli.output import console
+from hashattention.cli.report import report
 from hashattention.cli.train import train
 from hashattention.errors import (
     BackendError,
@@ -70,5 +71,5 @@ def options(
 
 
 app.command("eval")(eval_)
-for verb in (demo, train, generate, inspect, bench, env):
+for verb in (demo, train, generate, inspect, report, bench, env):
     app.command()(verb)

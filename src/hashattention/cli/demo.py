@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hashattention.cli.block import Block
 from hashattention.cli.model import load, parse_device, parse_dtype
 from hashattention.cli.output import check_folder, console, emit, grid, progress, write
-from hashattention.errors import InputError
 
 if TYPE_CHECKING:
     from hashattention.evaluation.demo import DemoResult
 
 NAME = "smollm2-135m-instruct"
 #: A file that holds these lines gets the table between them.
-BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
+BLOCK = Block.named("demo table")
+BEGIN, END = BLOCK.begin, BLOCK.end
 
 
 def demo(
@@ -38,13 +39,13 @@ def demo(
     for path in (report, markdown):
         if path is not None:
             check_folder(path)
-    document = "" if markdown is None else _document(markdown)
+    document = "" if markdown is None else BLOCK.read(markdown)
     result = _run(model, maps, density, tokens, device, dtype)
     from hashattention.report import page, table
 
     write(report, page.render(result))
     if markdown is not None:
-        write(markdown, _replace(document, table.markdown(result)))
+        write(markdown, BLOCK.replace(document, table.markdown(result)))
     _show(result, report)
     if as_json:
         emit(result.as_dict() | {"report": str(report)})
@@ -65,21 +66,6 @@ def _run(
     with progress(console()) as report:
         loaded = load(model, where, kind, report)
         return run(loaded, loaded_maps, config, progress=report)
-
-
-def _document(path: Path) -> str:
-    """What is in `path` already; a file without the markers is not overwritten."""
-    if not path.exists():
-        return f"{BEGIN}\n{END}\n"
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise InputError(f"{path} exists without the lines {BEGIN!r} and {END!r}; add them, or give a new file.")
-    return text
-
-
-def _replace(document: str, table: str) -> str:
-    before, _, rest = document.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table}{END}{rest.partition(END)[2]}"
 
 
 def _show(result: DemoResult, report: Path) -> None:

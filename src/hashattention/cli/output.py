@@ -81,11 +81,11 @@ def check_folder(path: Path) -> None:
         raise InputError(f"cannot write {path}: give a file name in a folder that exists and can be written.")
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file under its name only once it is whole."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file (text as UTF-8) under its name only once it is whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

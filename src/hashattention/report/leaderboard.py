@@ -1,4 +1,4 @@
-"""What the rows of an evaluation say, arranged for people: a board for each model, an entry for each method and density."""
+"""What the rows of an evaluation say, for people: a board for each model, an entry for each method and density."""
 
 from __future__ import annotations
 
@@ -131,6 +131,17 @@ def boards(rows: Iterable[Row]) -> tuple[Board, ...]:
     return tuple(_board(served, _with_names(found)) for served, found in held.items())
 
 
+def titles(found: Sequence[Board]) -> list[str]:
+    """What to call each board: its model, and how it was served where another board has the same model."""
+    models = [board.title for board in found]
+    return [
+        model
+        if models.count(model) == 1
+        else f"{model}, {board.dtype}, {board.protocol} sparse, {'chat' if board.chat else 'plain'}"
+        for model, board in zip(models, found, strict=True)
+    ]
+
+
 def is_perplexity(group: str) -> bool:
     """Whether a group, task or length of that name is measured in nats."""
     return re.split("[:@]", group)[0] == "perplexity"
@@ -193,7 +204,8 @@ def _with_likelihood(row: Row) -> Row:
 
 def _with_names(rows: Sequence[Row]) -> list[Row]:
     """Rows of one method with other maps, sink or local become another method; no two methods share a name."""
-    maps, ends = ({row.method: set() for row in rows} for _ in range(2))
+    maps: dict[str, set[str]] = defaultdict(set)
+    ends: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for row in rows:
         maps[row.method].add(row.maps)
         ends[row.method].add(row.budget[:2])

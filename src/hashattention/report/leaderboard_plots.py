@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,8 @@ DARK = {
     "line-3": "#da9d15", "line-4": "#c757f3", "line-5": "#f6e7ab",
 }  # fmt: skip
 HUES = 6
-#: Lines beyond the sixth have the colours again, with another dash.
-DASHES = ([1, 0], [5, 3], [1.5, 2.5])
+#: When the colours are used up they come again with another dash.
+DASHES: tuple[list[float], ...] = ([1, 0], [5, 3], [1.5, 2.5])
 #: Size of a plot without its axes and labels, in pixels: with them it fits the narrowest phone.
 WIDTH, HEIGHT = 172, 214
 #: Least distance of two labels, in pixels, and the longest label.
@@ -36,11 +37,11 @@ Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def styles(board: Board) -> dict[str, tuple[str, list[float]]]:
-    """Colour and dash of every sparse method; the hash map's own comes first."""
+    """Colour and dash of every sparse method; nothing else has the colour of the first hash map."""
     methods = sorted(board.methods, key=lambda method: not method.startswith("hash"))
-    return {
-        method: (f"var(--line-{i % HUES})", list(DASHES[i // HUES % len(DASHES)])) for i, method in enumerate(methods)
-    }
+    first = [(DASHES[0], 0)] if methods and methods[0].startswith("hash") else []
+    looks = itertools.chain(first, itertools.cycle(itertools.product(DASHES, range(1, HUES))))
+    return {method: (f"var(--line-{hue})", list(dash)) for method, (dash, hue) in zip(methods, looks, strict=False)}
 
 
 def by_density(board: Board, group: str) -> Any:
@@ -107,14 +108,14 @@ def needles(board: Board, place: Place, cells: Mapping[tuple[int, float], float]
     width, height = min(46 * len(lengths), 250), max(22 * len(depths), 44)
     name, density = board[place].name, board[place].density
     description = f"Needles found by {name} at density {density_text(density)}, by length and depth"
-    return _dress((squares + texts).properties(width=width, height=height), description)
+    return (squares + texts).properties(width=width, height=height, description=description)
 
 
 def to_svg(chart: Any) -> str:
     """The chart as one ``<svg>`` element for a page that sets its colours."""
     import vl_convert
 
-    svg = vl_convert.vegalite_to_svg(chart.to_dict())
+    svg = vl_convert.vegalite_to_svg(_spec(chart))
     # One picture with one description, instead of a tree of marks to be read out; the tables hold the numbers.
     svg = re.sub(
         r"<[^>]*>",
@@ -136,12 +137,9 @@ def to_png(charts: Sequence[tuple[str, Any]]) -> bytes:
     import altair
     import vl_convert
 
-    bare = [chart.properties(title=title) for title, chart in charts]
-    for chart in bare:
-        # Only the whole may be configured.
-        chart.config = altair.Undefined
-    together = _dress(altair.concat(*bare, columns=3, spacing=36), "", "var(--ground)").properties(padding=24)
-    text = re.sub(r"var\(--([\w-]+)\)", lambda found: LIGHT[found[1]], json.dumps(together.to_dict()))
+    titled = [chart.properties(title=title) for title, chart in charts]
+    spec = _spec(altair.concat(*titled, columns=3, spacing=36), "var(--ground)") | {"padding": 24}
+    text = re.sub(r"var\(--([\w-]+)\)", lambda found: LIGHT[found[1]], json.dumps(spec))
     return vl_convert.vegalite_to_png(json.loads(text), scale=2)
 
 
@@ -215,13 +213,14 @@ def _lines(board: Board, found: Series, x: Any, dense: float | None, group: str 
         level = altair.Chart(_data([{"y": dense}])).encode(y=y)
         layers.insert(0, level.mark_rule(color="var(--ink)", strokeDash=[2, 2]))
         layers.append(
-            level.mark_text(align="left", dx=2, dy=8 if is_perplexity(group or "") else -6, color="var(--ink)").encode(
+            level.mark_text(align="left", dx=14, dy=8 if is_perplexity(group or "") else -6, color="var(--ink)").encode(
                 x=altair.value(0), text=altair.value("dense")
             )
         )
     names = ", ".join(board.methods[method] for method in found)
     what = f"{group} score" if group else "Output error"
-    return _dress(altair.layer(*layers).properties(width=WIDTH, height=HEIGHT), f"{what} against {title}: {names}")
+    described = f"{what} against {title}: {names}"
+    return altair.layer(*layers).properties(width=WIDTH, height=HEIGHT, description=described)
 
 
 def _labels(board: Board, found: Series, x: Any, y: Any, color: Any, domain: tuple[float, float]) -> list[Any]:
@@ -249,19 +248,16 @@ def _dense(board: Board, group: str) -> float | None:
     return value(group, found[0]) if found else None
 
 
-def _dress(chart: Any, description: str, ground: str = "transparent") -> Any:
-    """The page's type and colours."""
-    quiet = {"labelColor": "var(--quiet)", "titleColor": "var(--quiet)", "titleFontWeight": "normal"}
-    sizes = {"labelFontSize": 11, "titleFontSize": 11, "titlePadding": 6}
-    rules = {"gridColor": "var(--line)", "domain": False, "ticks": False, "labelPadding": 5}
-    return (
-        chart.properties(description=description)
-        .configure(background=ground, font=FONT)
-        .configure_axis(**quiet, **sizes, **rules)
-        .configure_axisX(grid=False)
-        .configure_view(stroke=None)
-        .configure_title(color="var(--ink)", fontSize=13, anchor="start", fontWeight=600, offset=10)
-    )
+def _spec(chart: Any, ground: str = "transparent") -> dict[str, Any]:
+    """The chart as Vega-Lite, with the page's type and colours."""
+    axis: dict[str, Any] = {"labelColor": "var(--quiet)", "titleColor": "var(--quiet)", "titleFontWeight": "normal"}
+    axis |= {"gridColor": "var(--line)", "labelFontSize": 11, "titleFontSize": 11, "titlePadding": 6}
+    axis |= {"domain": False, "ticks": False, "labelPadding": 5}
+    title = {"color": "var(--ink)", "fontSize": 13, "anchor": "start", "fontWeight": 600, "offset": 10}
+    look = {"font": FONT, "axis": axis, "axisX": {"grid": False}, "view": {"stroke": None}, "title": title}
+    # Altair checks a chart by its schema again and again, which takes longer than to draw it.
+    spec: dict[str, Any] = chart.to_dict(validate=False)
+    return spec | {"config": look, "background": ground}
 
 
 def _data(values: list[dict[str, Any]]) -> Any:

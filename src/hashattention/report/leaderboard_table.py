@@ -34,6 +34,12 @@ class Cell:
     verdict: Literal["", "worse", "better"] = ""
     order: float | None = None
 
+    @property
+    def short(self) -> str:
+        """Without the interval."""
+        change, bracket, _ = self.note.partition(" [")
+        return f"{self.text} {change}{'*' if self.verdict else ''}" if bracket else self.text
+
     def __str__(self) -> str:
         """On one line; a star says that the interval leaves out 0."""
         return f"{self.text} ({self.note}{'*' if self.verdict else ''})" if self.note else self.text
@@ -65,9 +71,9 @@ def rows(board: Board) -> list[list[Cell]]:
 def _costs(entry: Entry) -> list[Cell]:
     read = entry.read
     return [
-        _cell(entry.attended, f"{entry.attended:.2%}"),
+        _cell(entry.attended, f"{entry.attended:.1%}"),
         Cell("all" if entry.dense else "-", order=math.inf) if read is None else _cell(read, f"{read:,.0f}"),
-        _cell(entry.read_share, f"{entry.read_share or 0:.2%}"),
+        _cell(entry.read_share, f"{entry.read_share or 0:.1%}"),
         _cell(entry.auxiliary_bits, f"{entry.auxiliary_bits:g}"),
         Cell("0", order=0.0) if entry.dense else _cell(entry.error, f"{entry.error or 0:.3f}"),
     ]
@@ -85,7 +91,7 @@ def score(group: str, summary: Summary | None) -> Cell:
     --------
     >>> str(score("ruler", Summary("m", "ruler", "hash", "hash", 0.125, 0.9, 25, -0.05, -0.08, -0.02)))
     '90.0 (−5.0 [−8.0, −2.0]*)'
-    """  # noqa: RUF002
+    """
     if summary is None:
         return Cell("-")
     text = f"{value(group, summary.score):.{2 if is_perplexity(group) else 1}f}"
@@ -95,7 +101,9 @@ def score(group: str, summary: Summary | None) -> Cell:
     mean, *ends = (change(group, found) for found in (summary.difference, summary.low, summary.high))
     unit = " %" if is_perplexity(group) else ""
     verdict: Literal["", "worse", "better"] = "worse" if summary.high < 0 else "better" if summary.low > 0 else ""
-    return Cell(text, f"{signed(mean)}{unit} [{signed(min(ends))}, {signed(max(ends))}]", verdict, order)
+    note = f"{signed(mean)}{unit} [{signed(min(ends))}, {signed(max(ends))}]"
+    divergence = "" if summary.kl is None else f", KL {summary.kl:.3f}"
+    return Cell(text, note + divergence, verdict, order)
 
 
 def change(group: str, difference: float) -> float:
@@ -149,12 +157,12 @@ def conditions(board: Board) -> str:
     return "; ".join(part for part in parts if part) + "."
 
 
-def reading(board: Board) -> str:
+def reading(board: Board, where: str = "below each") -> str:
     """How the leaderboard is to be read, and what it lacks."""
     text = (
-        "Scores are means over tasks and lengths of means over samples, in per cent; below each the difference to dense "
-        "in percentage points (perplexity: per cent of dense's) on the same samples, with its 95 % bootstrap "
-        "interval. At each density the best mean score comes first."
+        "Scores are means over tasks and lengths of means over samples, in per cent; "
+        f"{where} the difference to dense in percentage points (perplexity: per cent of dense's) on the same samples, "
+        "with its 95 % bootstrap interval. At each density the best mean score comes first."
     )
     if not any(entry.dense for entry in board.entries):
         text += " These rows hold no dense run, so there are no differences; add dense to --methods."
@@ -177,9 +185,9 @@ def _markdown(board: Board, heading: bool) -> str:
     lines += [[str(cell).replace("|", "\\|").replace("*", "\\*") for cell in row] for row in rows(board)]
     table = [f"| {' | '.join(line)} |" for line in lines]
     made = f"Made by {_commands(board)}."
-    star = "A star: the interval leaves out 0."
+    star = "A star: the 95 % interval leaves out 0."
     title = [f"### {board.title}", ""] if heading else []
-    return "\n".join([*title, *table, "", conditions(board), reading(board), star, made]) + "\n"
+    return "\n".join([*title, *table, "", conditions(board), reading(board, "in brackets"), star, made]) + "\n"
 
 
 def origins(board: Board) -> list[str]:
