@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -62,7 +63,13 @@ def cut(question: Question, tokenizer: Any, *, chat: bool = True, longest: int |
 
 def encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
     """Tokens of `text`."""
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    return list(_encode(tokenizer, text, special))
+
+
+@functools.lru_cache(maxsize=64)
+def _encode(tokenizer: Any, text: str, special: bool) -> tuple[int, ...]:
+    """Kept for a while: a sample is measured before it is read."""
+    return tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def prompt_tokens(question: Question, tokenizer: Any) -> int:

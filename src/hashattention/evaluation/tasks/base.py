@@ -93,24 +93,36 @@ def random_for(*words: object) -> random.Random:
     return random.Random(":".join(map(str, words)))
 
 
-def largest_fit(tokens: Callable[[int], int], limit: int, smallest: int, largest: int, name: str) -> int:
-    """The largest size (to about 1 %) whose ``tokens(size)`` is at most `limit`, by doubling and halving.
+def largest_fit(
+    tokens: Callable[[int], int], limit: int, smallest: int, largest: int, name: str, spare: int = 0
+) -> int:
+    """The largest size (to about 1 %) whose ``tokens(size)`` is at most `limit`, `spare` tokens less if it can be.
 
     Raises
     ------
     InputError
         If not even `smallest` fits.
+
+    Examples
+    --------
+    >>> largest_fit(lambda size: 30 + 7 * size, 100, 1, 1000, "sevens")
+    10
     """
     if (least := tokens(smallest)) > limit:
         raise InputError(f"{name} needs at least {least} tokens; a length of {limit} was asked for: give a longer one.")
-    low = high = smallest
-    while high < largest and tokens(high) <= limit:
-        low, high = high, min(largest, 2 * high)
-    if high == largest and tokens(largest) <= limit:
-        return largest
+    aim = limit - spare
+    low, high, at_low, per_size, bisect = smallest, largest + 1, least, max(1.0, least / smallest), False
     while high - low > max(1, low // 100):
-        middle = (low + high) // 2
-        low, high = (middle, high) if tokens(middle) <= limit else (low, middle)
+        # Where the line through the last two sizes meets the limit; after one that was too large, the middle.
+        guess = (low + high) // 2 if bisect else low + int((aim - at_low) / per_size)
+        guess = min(max(guess, low + 1), high - 1)
+        found = tokens(guess)
+        per_size = max((found - at_low) / (guess - low), 1e-3)
+        bisect = found > aim and not bisect
+        if found <= aim:
+            low, at_low = guess, found
+        else:
+            high = guess
     return low
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,8 @@ class NeedleTask(Task):
         depths = [depth, *(source.random() for _ in facts[1:])]
         paragraphs = _paragraphs(self.folder)
         first = source.randrange(len(paragraphs))
-        text = PARAGRAPH.join(paragraphs[first:] + paragraphs[:first])
+        # A paragraph has 100 words, so at least as many tokens.
+        text = PARAGRAPH.join((paragraphs[first:] + paragraphs[:first])[: length // 100 + 2])
         room = length
         # The chat format, the question and tokens that joining paragraphs makes take room too.
         while True:
@@ -93,5 +93,6 @@ def _fact(name: str, code: int) -> Fact:
 
 @functools.lru_cache(maxsize=4)
 def _paragraphs(folder: Path | None) -> list[str]:
-    """The long text as paragraphs of about a hundred words, whatever its own line ends."""
-    return [part.replace("\n", " ") for part in textwrap.wrap(data.long_text(folder), 600, break_long_words=False)]
+    """The long text as paragraphs of a hundred words, whatever its own line ends."""
+    words = data.long_text(folder).split()
+    return [" ".join(words[first : first + 100]) for first in range(0, len(words), 100)]

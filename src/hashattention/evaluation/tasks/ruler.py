@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hashattention.errors import InputError
 from hashattention.evaluation.prompt import prompt_tokens
 from hashattention.evaluation.tasks.base import (
     Question,
@@ -68,25 +69,20 @@ class RulerTask(Task):
         def tokens(size: int) -> int:
             return prompt_tokens(make(0, size), tokenizer)
 
-        size = largest_fit(tokens, length, generator.smallest, generator.largest, self.name)
-        return [self._shrink(make, index, size, tokenizer, length, generator.smallest) for index in range(count)]
+        # Samples differ a little in length: most fit at their first try.
+        spare = length // 256
+        size = largest_fit(tokens, length, generator.smallest, generator.largest, self.name, spare)
+        return [self._shrink(make, index, size, tokenizer, length) for index in range(count)]
 
     def _shrink(
-        self,
-        make: Callable[[int, int], Question],
-        index: int,
-        size: int,
-        tokenizer: Any,
-        length: int,
-        smallest: int,
+        self, make: Callable[[int, int], Question], index: int, size: int, tokenizer: Any, length: int
     ) -> Question:
-        """Sample `index`, a little smaller than the first where it came out longer."""
-        question = make(index, size)
-        while (needed := prompt_tokens(question, tokenizer)) > length and size > smallest:
-            # By what it is over, and a little more.
-            size = max(smallest, min(size - 1, int(size * (length / needed - 0.002))))
-            question = make(index, size)
-        largest_fit(lambda _: prompt_tokens(question, tokenizer), length, size, size, self.name)
+        """Sample `index`, smaller than the first where it came out longer."""
+        while (needed := prompt_tokens(question := make(index, size), tokenizer)) > length:
+            smaller = min(size - 1, int(size * (length / needed - 0.002)))
+            if smaller < TASKS[self.task](self.folder, length).smallest:
+                raise InputError(f"{self.name}: sample {index} needs {needed} tokens; give a length over {length}.")
+            size = smaller
         return question
 
     def _question(self, generator: Generator, size: int, index: int, source: Any) -> Question:
