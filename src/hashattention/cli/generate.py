@@ -63,7 +63,15 @@ def generate(
     if both and loaded_maps is not None:
         found = _compare(loaded, loaded_maps, budget, min_context, ids, max_new_tokens, quiet=as_json)
         if as_json:
-            emit({"maps": Path(str(maps)).name, **found, "origin": provenance.origin(where)})
+            emit(
+                {
+                    "bench": "generate",
+                    "model": Path(model).name,
+                    "maps": Path(str(maps)).name,
+                    **found,
+                    "origin": provenance.origin(where),
+                }
+            )
         return
     said = _continue(loaded, loaded_maps, budget, min_context, ids, max_new_tokens, quiet=as_json)
     length = ids.shape[1] + said["new_tokens"]
@@ -153,7 +161,6 @@ def _compare(
     rates = [found[name]["tokens_per_second"] for name in ("dense", "hash")]
     found["speedup"] = rates[1] / rates[0] if all(rates) else None
     return {
-        "model": base.name,
         "prompt_tokens": ids.shape[1],
         "new_tokens": new_tokens,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
