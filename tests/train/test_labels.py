@@ -73,3 +73,51 @@ def test_a_head_is_not_outvoted():
     first = {pool: labels.pool_logits(logits, pool)[0, 0, 0].topk(2).indices.tolist() for pool in ("mean", "peak_max")}
     assert first["mean"] == [3, 5]
     assert set(first["peak_max"]) == {3, 7}
+
+
+def test_ranks_are_pooled_by_the_best():
+    _, _, taught = teacher(pool="rank")
+    query, key, _ = teacher()
+    weights = torch.stack([dense(query, key, 1, head, 3, 0.25) for head in (3, 4, 5)])
+    best = weights.argsort(-1, descending=True).argsort(-1).amin(0)
+    torch.testing.assert_close(taught.logits[1, 1, 3].exp(), 1 / (1 + best))
+    assert (taught.logits[1, 1, 1, 6:] == -torch.inf).all() and taught.logits[1, 1, 1, :6].isfinite().all()
+
+
+@pytest.mark.parametrize("weigh", ["value", "output"])
+def test_tokens_weigh_what_their_values_are_worth(weigh):
+    query, key, taught = teacher(pool="mean", weigh=weigh)
+    torch.manual_seed(0)
+    torch.randn(2, 6, 4, 8), torch.randn(2, 2, TOKENS, 8)
+    value = (torch.randn(2, 2, TOKENS, 8) * 3)[1, 1]
+    expected = 0
+    for head in (3, 4, 5):
+        weights = dense(query, key, 1, head, 3, 0.25)
+        out = weights @ value
+        worth = value.norm(dim=-1) if weigh == "value" else (value - out).norm(dim=-1) / out.norm()
+        expected = expected + weights * worth
+    torch.testing.assert_close(taught.logits[1, 1, 3].exp(), expected, atol=1e-5, rtol=1e-3)
+
+
+def test_leaving_one_token_out_costs_its_weight_to_first_order():
+    """What "output" promises: the relative output error of dropping a token of small weight."""
+    query, key, taught = teacher(group=1, pool="mean", weigh="output")
+    torch.manual_seed(0)
+    torch.randn(2, 2, 4, 8), torch.randn(2, 2, TOKENS, 8)
+    value = (torch.randn(2, 2, TOKENS, 8) * 3)[0, 1]
+    weights = dense(query, key, 0, 1, 3, 0.5)
+    out = weights @ value
+    for token in weights.argsort()[10:17].tolist():
+        kept = weights.clone()
+        kept[token] = 0
+        error = (kept @ value / kept.sum() - out).norm() / out.norm()
+        expected = taught.logits[0, 1, 3, token].exp().item() / (1 - weights[token].item())
+        assert error.item() == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_temper_flattens_the_target():
+    _, _, taught = teacher()
+    sharp, flat = (labels.soft_targets(taught, 4, 0.0, temper) for temper in (1.0, 0.5))
+    inside = taught.heavy[3]
+    expected = sharp[0, 0, 3, inside].sqrt()
+    torch.testing.assert_close(flat[0, 0, 3, inside], expected / expected.sum())

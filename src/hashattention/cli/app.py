@@ -15,6 +15,7 @@ from hashattention.cli.env import env
 from hashattention.cli.eval import eval_
 from hashattention.cli.generate import generate
 from hashattention.cli.inspect import inspect
+from hashattention.cli.lab import lab
 from hashattention.cli.output import console
 from hashattention.cli.report import report
 from hashattention.cli.train import train
@@ -71,5 +72,5 @@ def options(
 
 
 app.command("eval")(eval_)
-for verb in (demo, train, generate, inspect, report, bench, env):
+for verb in (demo, train, lab, generate, inspect, report, bench, env):
     app.command()(verb)

@@ -18,7 +18,7 @@ from hashattention.train.optimise import Optimiser, RunningMean
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards, Samples, hash_seed, resident, sample_bytes
 from hashattention.train.student import Student, measure_moments
-from hashattention.train.targets import LiveTargets, StoredTargets, Targets, stored_bytes
+from hashattention.train.targets import LiveTargets, StoredTargets, Targets, free_bytes, stored_bytes
 
 #: Bytes one step may use on a CPU, and the share of a GPU's free memory it may use.
 CPU_BYTES = 2 << 30
@@ -94,14 +94,14 @@ def _nearby(samples: Samples, recipe: Recipe, base: BaseModel, first: int, last:
     if device.type != "cuda" or isinstance(samples, MemoryShards):
         return samples
     needed = len(samples) * sample_bytes(recipe, base, held_out=False) * (last - first) // len(base.layers)
-    fits = needed < torch.cuda.mem_get_info(device)[0] * 0.5
+    fits = needed < free_bytes(device) * 0.5
     return resident(samples, first, last, device) if fits else samples
 
 
 def _targets(samples: Samples, recipe: Recipe, base: BaseModel, first: int, last: int, device: torch.device) -> Targets:
     if device.type == "cuda":
         needed = stored_bytes(recipe, base, len(samples), last - first)
-        if needed < torch.cuda.mem_get_info(device)[0] * STORED_SHARE:
+        if needed < free_bytes(device) * STORED_SHARE:
             return StoredTargets(samples, recipe, base, first, last, device)
     return LiveTargets(recipe, base)
 
@@ -138,7 +138,7 @@ def _generator(recipe: Recipe, purpose: str, number: int) -> torch.Generator:
 
 
 def _default_bytes(device: torch.device) -> int:
-    return int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE) if device.type == "cuda" else CPU_BYTES
+    return int(free_bytes(device) * GPU_SHARE) if device.type == "cuda" else CPU_BYTES
 
 
 def _run(
@@ -201,8 +201,8 @@ def _backward(
         target = targets.of(index, queries, sample)
     heavy = heavy_candidates(sample.positions, sample.key.shape[2], recipe.sink, recipe.local)
     hard = step >= recipe.straight_through * recipe.steps
-    precise = tensor_float32() if student.dtype == torch.bfloat16 else contextlib.nullcontext()
-    with precise:
+    fast = student.dtype == torch.bfloat16
+    with tensor_float32(device) if fast else contextlib.nullcontext():
         query, key = student.codes(sample, hard, slope(recipe, step))
         loss = total(student.compare(query, key), key, target, heavy, recipe)
         (loss / recipe.step_sequences).backward()

@@ -24,7 +24,7 @@ from hashattention.train.fit import fit
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards
 from hashattention.train.sweep import BEST, Sweep, Variant
-from hashattention.train.targets import StoredTargets, stored_bytes
+from hashattention.train.targets import StoredTargets, free_bytes, stored_bytes
 from hashattention.train.text import Texts, sequences
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Lab:
         self.texts = texts if texts is not None else sweep.texts
         self.held_out_texts = held_out_texts if held_out_texts is not None else sweep.held_out_texts
         self.budgets = [Budget(heavy=b, sink=sweep.recipe.sink, local=sweep.recipe.local) for b in sweep.recipe.budgets]
-        self.rows = self._read_rows()
+        self.rows = read_rows(self.out)
         self.tests: dict[str, MemoryShards] = {}
         self._narrow: tuple[tuple[int, ...], MemoryShards, MemoryShards] | None = None
         self._stored: tuple[Any, StoredTargets] | None = None
@@ -116,8 +116,8 @@ class Lab:
         self.captured = run.capture_all(self.model, self.base, text, recipe, None, {}, self.progress)
         for name, where in self.sweep.tests.items():
             other = sequences(
-                self.tokenizer, [], context=recipe.context, count=0, held_out=recipe.held_out, seed=recipe.seed,
-                held_out_texts=where,
+                self.tokenizer, [], context=recipe.context, count=0, held_out=self.sweep.test_sequences,
+                seed=recipe.seed, held_out_texts=where,
             )  # fmt: skip
             found = run.capture_all(self.model, self.base, other, recipe, None, {}, self.progress)
             self.tests[name] = found.held_out  # type: ignore[assignment]
@@ -224,7 +224,7 @@ class Lab:
             self._stored = None
             base = dataclasses.replace(self.base, layers=layers)
             needed = stored_bytes(recipe, base, len(samples), len(layers))
-            if needed > 0.8 * torch.cuda.mem_get_info(self.device)[0]:
+            if needed > 0.8 * free_bytes(self.device):
                 return None
             self._stored = key, StoredTargets(samples, recipe, base, 0, len(layers), self.device)
         return self._stored[1]
@@ -266,15 +266,6 @@ class Lab:
             rows.append(row)
         return rows
 
-    def _read_rows(self) -> list[Row]:
-        path = self.out / ROWS
-        if not path.is_file():
-            return []
-        whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
-        if cut:  # a killed run left half a line: the next row must not be joined to it
-            path.write_text(whole + "\n" if whole else "", encoding="utf-8")
-        return [json.loads(line) for line in whole.splitlines()]
-
     def _add(self, row: Row) -> Row:
         self.rows.append(row)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -283,6 +274,17 @@ class Lab:
         if self.tell is not None:
             self.tell(row)
         return row
+
+
+def read_rows(out: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a study's folder; none if it is new."""
+    path = Path(out) / ROWS
+    if not path.is_file():
+        return []
+    whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
+    if cut:  # a killed run left half a line: the next row must not be joined to it
+        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _only(samples: Any, rows: list[int]) -> MemoryShards:

@@ -27,10 +27,13 @@ class Teacher:
 
 
 @contextlib.contextmanager
-def tensor_float32() -> Iterator[None]:
-    """Matrix products of float32 tensors on a GPU's tensor cores: exact for 16-bit captures and integer codes, whose
-    values need no more than TF32's 11 significant bits; sums stay float32.
+def tensor_float32(device: torch.device) -> Iterator[None]:
+    """Matrix products of float32 tensors on a GPU's tensor cores: exact for bfloat16 captures and integer codes, whose
+    values need no more than TF32's 11 significant bits; sums stay float32. Nothing changes on a CPU.
     """
+    if device.type != "cuda":
+        yield
+        return
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -44,7 +47,7 @@ def attention_logits(query: Tensor, key: Tensor, positions: Tensor, scale: Tenso
     layers, heads, tokens, _ = key.shape
     grouped = query.float().unflatten(1, (heads, -1)) * scale.float()[:, None, None, None, None]
     size, count = grouped.shape[2:4]
-    with tensor_float32():
+    with tensor_float32(key.device):
         logits = grouped.flatten(2, 3) @ key.float().transpose(-1, -2)
     logits = logits.view(layers, heads, size, count, tokens)
     future = torch.arange(tokens, device=key.device) > positions[:, None]
@@ -73,7 +76,7 @@ def pool_logits(logits: Tensor, pool: Pool, weight: Tensor | None = None) -> Ten
     if pool == "mean":
         return torch.logsumexp(weighted, dim=-3)
     if pool == "rank":
-        return -torch.log1p(_best_rank(weighted)).masked_fill(weighted.isneginf().all(-3), -torch.inf)
+        return (-torch.log1p(_best_rank(weighted))).masked_fill(weighted.isneginf().all(-3), -torch.inf)
     relative = weighted - weighted.amax(-1, keepdim=True)
     return relative.amax(-3) if pool == "peak_max" else torch.logsumexp(relative, dim=-3)
 
@@ -101,7 +104,7 @@ def token_weights(sample: Sample, logits: Tensor, weigh: Weigh) -> Tensor | None
     size = value.square().sum(-1)[:, :, None, None]
     if weigh == "value":
         return size.clamp(min=1e-12).log() / 2
-    with tensor_float32():
+    with tensor_float32(sample.key.device):
         out = torch.softmax(logits, -1).flatten(2, 3) @ value
         cross = (out @ value.transpose(-1, -2)).view(logits.shape)
     square = out.square().sum(-1).view(logits.shape[:-1]).clamp(min=1e-12)[..., None]

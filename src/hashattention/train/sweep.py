@@ -66,6 +66,8 @@ class Sweep:
         Heavy budget whose ratio to exact shared selection decides which variant is best.
     tests : mapping
         Name to texts that take no part in any choice.
+    test_sequences : int
+        Sequences of each of them.
     model : str
         What `load_model` takes; a command may give another.
     texts, held_out_texts : str or list
@@ -77,6 +79,7 @@ class Sweep:
     layers: tuple[int, ...] | None = None
     judge: float = 1 / 32
     tests: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    test_sequences: int = 4
     model: str = ""
     texts: Any = None
     held_out_texts: Any = None

@@ -17,7 +17,7 @@ from hashattention.train.shards import Samples
 STEPS_PER_NAT = 16
 ZERO = 255
 #: Bytes of the float32 logits of one sequence that are in work at once.
-CHUNK_BYTES = 4 << 30
+CHUNK_BYTES = 2 << 30
 
 
 class Targets(Protocol):
@@ -81,3 +81,9 @@ def decode(steps: Tensor) -> Tensor:
 def stored_bytes(recipe: Recipe, base: BaseModel, sequences: int, layers: int) -> int:
     """Bytes of `StoredTargets`."""
     return sequences * layers * recipe.maps.selection_heads(base) * recipe.queries * recipe.context
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU, what torch holds without using it included."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused

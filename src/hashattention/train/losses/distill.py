@@ -26,7 +26,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Any:
         (gradient,) = context.saved_tensors
-        return gradient * gradients[0][..., None], None, None
+        return gradient.mul_(gradients[0][..., None]), None, None
 
 
 def distill(scores: Tensor, target: Tensor, heavy: Tensor) -> Tensor:
