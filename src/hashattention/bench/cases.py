@@ -8,6 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from hashattention import ops
 from hashattention.config import Budget
 
 
@@ -32,7 +33,7 @@ SHAPES = {
     "llama-2-7b": Shape(32, 32, 128),
 }
 
-#: Hidden widths of the query map, as `MapsConfig` has them by default.
+#: Hidden widths of both maps, as `MapsConfig` has them by default.
 WIDTHS = (256, 256)
 
 #: Distinct random tokens of a cache on a CPU; longer ones repeat them elsewhere in memory, which no kernel can use.
@@ -73,9 +74,37 @@ class Case:
         }
 
 
+def _cases(
+    *points: tuple[int, int], shape: str = "llama-3.1-8b", density: float = 1 / 32, bits: int = 64
+) -> list[Case]:
+    return [Case(shape, context, batch, density, bits) for batch, context in points]
+
+
+#: K tokens of context.
+K = 1024
+#: Batch 1 and 128K tokens, where latency counts; batch 32, where bandwidth does.
+ONE, MANY = (1, 128 * K), (32, 128 * K)
+#: Named lists of cases: what the design's targets name, and one axis each.
+SUITES: dict[str, list[Case]] = {
+    "targets": [
+        *_cases((1, 4 * K), (1, 8 * K), (1, 32 * K), ONE, (8, 32 * K), MANY),
+        *_cases(ONE, MANY, bits=32),
+    ],
+    "contexts": [
+        *_cases(*((1, length * K) for length in (4, 8, 16, 32, 64, 128, 256, 512, 1024))),
+        *_cases(*((8, length * K) for length in (4, 8, 16, 32, 64, 128, 256))),
+        *_cases(*((32, length * K) for length in (4, 8, 16, 32, 64, 128))),
+    ],
+    "batches": _cases(*((batch, 32 * K) for batch in (1, 2, 4, 8, 16, 32, 64))),
+    "densities": [case for share in (8, 16, 32, 64) for case in _cases(ONE, (8, 32 * K), density=1 / share)],
+    "bits": [case for bits in (32, 64, 128) for case in _cases(ONE, (8, 32 * K), MANY, bits=bits)],
+    "shapes": [case for shape in SHAPES for case in _cases(ONE, (8, 32 * K), shape=shape)],
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Tensors of one decoding step; `indices`, `counts` and `code` are what its own encode and select give."""
+    """Tensors of one decoding step: the newest key is in K, and its signature beside the others."""
 
     case: Case
     q: Tensor
@@ -84,6 +113,8 @@ class Inputs:
     signatures: Tensor
     weights: list[Tensor]
     biases: list[Tensor]
+    key_weights: list[Tensor]
+    key_biases: list[Tensor]
     start: Tensor
     end: Tensor
     budgets: Tensor
@@ -94,12 +125,17 @@ class Inputs:
         """What multiplies the logits."""
         return float(self.q.shape[-1] ** -0.5)
 
+    @property
+    def new_key(self) -> ops.NewKey:
+        """The newest key and its map."""
+        return self.k[:, :, -1:], self.key_weights, self.key_biases
+
 
 def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     """Random tensors of `case`: a group code, one signature and one index set per KV head."""
     generator = torch.Generator(device).manual_seed(seed)
     sizes, on_gpu = case.sizes, torch.device(device).type == "cuda"
-    # As `HashSelector` keeps them: on a GPU in the dtype of the keys.
+    # As `HashSelector` keeps them: weights on a GPU in the dtype of the keys.
     kind = case.dtype if on_gpu else torch.float32
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,22 +147,30 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         times = -(-tokens // distinct)
         return pattern if times == 1 else pattern.repeat(1, 1, times, 1)[:, :, :tokens]
 
-    widths = [sizes.group * sizes.head_dim, *WIDTHS, case.bits]
-    pairs = list(itertools.pairwise(widths))
+    def draw_map(width: int) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = list(itertools.pairwise([width, *WIDTHS, case.bits]))
+        weights = [(draw(sizes.kv_heads, i, o) * i**-0.5).to(kind) for i, o in pairs]
+        return weights, [draw(sizes.kv_heads, o) * 0.1 for _, o in pairs]
+
     words = (case.batch, sizes.kv_heads, case.context, case.bits // 32)
-    signatures = torch.randint(-(2**31), 2**31, words, generator=generator, device=device, dtype=torch.int64)
     start = torch.zeros(case.batch, dtype=torch.int32, device=device)
     counts = torch.tensor(case.budget.counts(case.context), dtype=torch.int32, device=device)
-    return Inputs(
+    weights, biases = draw_map(sizes.group * sizes.head_dim)
+    key_weights, key_biases = draw_map(sizes.head_dim)
+    inputs = Inputs(
         case=case,
         q=draw(case.batch, sizes.query_heads, 1, sizes.head_dim, dtype=case.dtype),
         k=cache(case.context),
         v=cache(case.context),
-        signatures=signatures.to(torch.int32),
-        weights=[(draw(sizes.kv_heads, i, o) * i**-0.5).to(kind) for i, o in pairs],
-        biases=[(draw(sizes.kv_heads, o) * 0.1).to(kind) for _, o in pairs],
+        signatures=torch.randint(-(2**31), 2**31 - 1, words, generator=generator, device=device, dtype=torch.int32),
+        weights=weights,
+        biases=biases,
+        key_weights=key_weights,
+        key_biases=key_biases,
         start=start,
         end=start + case.context,
         budgets=counts.expand(case.batch, sizes.kv_heads, 3).contiguous(),
         capacity=case.budget.capacity(case.context),
     )
+    ops.write_signature(*inputs.new_key, inputs.signatures, inputs.end - 1)
+    return inputs

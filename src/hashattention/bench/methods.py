@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hashattention import ops
+from hashattention.bench import paged, paper
 from hashattention.bench.cases import Inputs
 from hashattention.ops import reference
 
@@ -28,11 +29,13 @@ Prepare = Callable[[Inputs, Chosen], Callable[[], object]]
 @dataclasses.dataclass(frozen=True)
 class Method:
     """`prepare(inputs, chosen)` gives the call that is timed; `kind` is ``"ours"``, ``"part"``, ``"dense"``,
-    ``"sparse"`` (a baseline over the same indices) or ``"slow"`` (the same result without kernels).
+    ``"sparse"`` (a baseline over the same indices), ``"paper"`` (its own choice of as many tokens) or ``"slow"`` (the
+    same result without kernels). `refuse(inputs)` says why it cannot run here.
     """
 
     kind: str
     prepare: Prepare
+    refuse: Callable[[Inputs], str | None] = lambda inputs: None
 
 
 def choose(inputs: Inputs) -> Chosen:
@@ -53,11 +56,15 @@ def _step(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
     rest = {"levels": inputs.case.levels, "scale": inputs.scale}
     caches, maps = (inputs.k, inputs.v, inputs.signatures), (inputs.weights, inputs.biases)
     rows = inputs.start, inputs.end, inputs.budgets, inputs.capacity
-    return lambda: ops.decode(inputs.q, *caches, *maps, *rows, **rest)  # type: ignore[arg-type]
+    return lambda: ops.decode(inputs.q, *caches, *maps, *rows, **rest, new_key=inputs.new_key)  # type: ignore[arg-type]
 
 
 def _encode(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
-    return lambda: ops.encode_query(_grouped(inputs), inputs.weights, inputs.biases, inputs.case.levels)
+    def encode() -> object:
+        ops.write_signature(*inputs.new_key, inputs.signatures, inputs.end - 1)
+        return ops.encode_query(_grouped(inputs), inputs.weights, inputs.biases, inputs.case.levels)
+
+    return encode
 
 
 def _select(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
@@ -67,6 +74,14 @@ def _select(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
 def _attend(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
     arguments = inputs.q, inputs.k, inputs.v, chosen.indices, chosen.counts
     return lambda: ops.attend(*arguments, scale=inputs.scale)
+
+
+def _paper(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    return paper.prepare(inputs, chosen)
+
+
+def _paged(tensor_cores: bool) -> Method:
+    return Method("dense", lambda inputs, chosen: paged.prepare(inputs, tensor_cores), paged.refuse)
 
 
 def _sdpa_rows(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
@@ -134,12 +149,16 @@ BASELINES = {
         "dense SDPA, group as rows": Method("dense", _sdpa_rows),
         "dense SDPA, enable_gqa": Method("dense", _sdpa_gqa),
         "torch gather + SDPA": Method("sparse", _gather_sdpa),
+        "paper, torch": Method("paper", _paper),
     },
     "cuda": {
         "dense cuDNN, group as rows": Method("dense", _forced(_sdpa_rows, "CUDNN_ATTENTION")),
         "dense cuDNN, enable_gqa": Method("dense", _forced(_sdpa_gqa, "CUDNN_ATTENTION")),
         "dense flash, group as rows": Method("dense", _forced(_sdpa_rows, "FLASH_ATTENTION")),
         "dense flash, enable_gqa": Method("dense", _forced(_sdpa_gqa, "FLASH_ATTENTION")),
+        "dense FlashInfer, paged": _paged(False),
+        "dense FlashInfer, paged, tensor cores": _paged(True),
         "torch gather + SDPA": Method("sparse", _gather_sdpa),
+        "paper, torch": Method("paper", _paper),
     },
 }

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from hashattention.bench import paper
 from hashattention.bench.cases import Inputs
 
 #: Bytes of the copied buffer: beyond every cache.
@@ -18,8 +19,11 @@ def bytes_of(method: str, kind: str, inputs: Inputs) -> int:
     batch, heads, tokens, dim = inputs.k.shape
     row = 2 * dim * itemsize
     signatures = inputs.signatures.nbytes
-    maps = sum(tensor.nbytes for tensor in (*inputs.weights, *inputs.biases))
+    both = *inputs.weights, *inputs.biases, *inputs.key_weights, *inputs.key_biases
+    maps = sum(tensor.nbytes for tensor in both)
     selected = batch * heads * inputs.capacity * row
+    if kind == "paper":
+        return paper.bytes_moved(inputs)
     if kind == "dense":
         return batch * heads * tokens * row
     parts = {"encode": maps, "score+select": signatures, "attend": selected}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hashattention import ops, provenance
+from hashattention.bench import paged
 from hashattention.bench.cases import Case, Inputs, make_inputs
 from hashattention.bench.methods import BASELINES, OURS, SLOW, Chosen, Method, choose, gather_sdpa
 from hashattention.bench.roofline import bytes_of, copy_bandwidth
@@ -18,9 +19,15 @@ from hashattention.bench.timing import Timing, time_functions
 from hashattention.errors import BackendError
 from hashattention.ops import cpu, reference
 
+#: A row of the whole step is off when it errs more than this times what plain torch errs.
+ROW_TOLERANCE = 3.0
+
 
 def check(inputs: Inputs, chosen: Chosen) -> dict[str, float]:
     """The gate: indices equal to the reference bit for bit, outputs within twice the error of plain torch.
+
+    The whole step is compared a query head at a time. Its own encode may round a weight of the code the other way, and
+    that head then attends to other tokens; most heads must agree.
 
     Raises
     ------
@@ -32,13 +39,55 @@ def check(inputs: Inputs, chosen: Chosen) -> dict[str, float]:
     if not (torch.equal(expected[0], chosen.indices) and torch.equal(expected[1], chosen.counts)):
         raise BackendError(f"score_select differs from the reference on {inputs.case}; report it, and name a backend.")
     arguments = inputs.k, inputs.v, chosen.indices, chosen.counts
-    exact, _ = reference.attend(inputs.q.float(), *arguments, inputs.scale)
+    exact = torch.cat([_exact(inputs, chosen, b) for b in range(inputs.case.batch)])
     out, _ = ops.attend(inputs.q, *arguments, scale=inputs.scale)
     ours, theirs = _error(out, exact), _error(gather_sdpa(inputs, chosen), exact)
     # Rounding the output to its dtype alone costs half a unit in the last place.
-    if ours > max(2 * theirs, torch.finfo(out.dtype).eps * exact.abs().max().item()):
+    allowed = max(2 * theirs, torch.finfo(out.dtype).eps * exact.abs().max().item())
+    if ours > allowed:
         raise BackendError(f"attend errs {ours:.2e} on {inputs.case}, plain torch {theirs:.2e}; report it.")
-    return {"attend_error": ours, "torch_error": theirs}
+    step: Any = OURS["step"].prepare(inputs, chosen)()
+    off = (step[0].float() - exact).abs().amax((2, 3)) > ROW_TOLERANCE * allowed
+    share = off.float().mean().item()
+    if share > 0.5:
+        raise BackendError(f"the step differs from its parts in {share:.0%} of the heads on {inputs.case}; report it.")
+    return {"attend_error": ours, "torch_error": theirs, "step_heads_off": share}
+
+
+def _exact(inputs: Inputs, chosen: Chosen, request: int) -> Tensor:
+    """One request's float32 attention over the chosen tokens; all at once would need gigabytes."""
+    one = slice(request, request + 1)
+    caches, rows = (inputs.k[one], inputs.v[one]), (chosen.indices[one], chosen.counts[one])
+    return reference.attend(inputs.q[one].float(), *caches, *rows, inputs.scale)[0]
+
+
+def prepare(inputs: Inputs, chosen: Chosen, methods: dict[str, Method]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The calls that can be timed, and why the other methods cannot: refused, failed, or another result than ours.
+
+    Ours must run: an error of theirs is raised. A dense baseline must agree with the others.
+    """
+    calls: dict[str, Any] = {}
+    refusals: dict[str, str] = {}
+    dense: Tensor | None = None
+    for name, method in methods.items():
+        reason = method.refuse(inputs)
+        if reason is None and method.kind == "dense":
+            try:
+                calls[name] = method.prepare(inputs, chosen)
+                out: Any = calls[name]()
+            except (RuntimeError, ValueError, ImportError) as error:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            else:
+                out = out.flatten(1, -2).float()
+                dense = out if dense is None else dense
+                if (out - dense).abs().max() > 0.05 * dense.abs().max():
+                    reason = "differs from the first dense method"
+        elif reason is None:
+            calls[name] = method.prepare(inputs, chosen)
+        if reason is not None:
+            calls.pop(name, None)
+            refusals[name] = reason
+    return calls, refusals
 
 
 def _error(out: Tensor, exact: Tensor) -> float:
@@ -54,7 +103,8 @@ def run(
     ------
     dict
         One JSON object a method and case, with the case, the timing, the bytes, the share of the copy bandwidth, the
-        speed-up over the fastest dense method of the same run, and the origin.
+        speed-up over the fastest dense method of the same run, and the origin; a method that could not run gives one
+        with the reason as its ``"refusal"``.
     """
     kind = torch.device(device).type
     methods = {**OURS, **(BASELINES.get(kind, {}) if bench == "attention" else SLOW)}
@@ -63,13 +113,17 @@ def run(
         inputs = make_inputs(case, device)
         chosen = choose(inputs)
         gate = check(inputs, chosen)
-        calls = {name: method.prepare(inputs, chosen) for name, method in methods.items()}
+        calls, refusals = prepare(inputs, chosen, methods)
         timings = time_functions(device, calls, rounds, seconds)
-        yield from _rows(bench, inputs, methods, timings, gate, bandwidth)
+        timed = {name: method for name, method in methods.items() if name in calls}
+        shared = {"bench": bench, **case.fields()}
+        yield from (shared | row for row in _rows(inputs, timed, timings, gate, bandwidth))
+        origin = provenance.origin(inputs.q.device)
+        for name, reason in refusals.items():
+            yield shared | {"method": name, "kind": methods[name].kind, "refusal": reason, "origin": origin}
 
 
 def _rows(
-    bench: str,
     inputs: Inputs,
     methods: dict[str, Method],
     timings: dict[str, Timing],
@@ -83,8 +137,6 @@ def _rows(
         timing, moved = timings[name], bytes_of(name, method.kind, inputs)
         rate = moved / timing.p50_ms * 1e3
         yield {
-            "bench": bench,
-            **inputs.case.fields(),
             "method": name,
             "kind": method.kind,
             **dataclasses.asdict(timing),
@@ -97,6 +149,7 @@ def _rows(
             "threads": torch.get_num_threads(),
             "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
             "backend": _backend(inputs, name),
+            "flashinfer": paged.version(),
             "gate": gate,
             "origin": origin,
         }
@@ -106,17 +159,18 @@ def _backend(inputs: Inputs, method: str) -> str:
     """Which kernels ran; on a CPU with their instruction set."""
     run = ops.dispatch.find("attend", inputs.q, k=inputs.k, v=inputs.v)
     if method == "step":
-        fused = ops.dispatch.find_fused(
-            "decode",
-            inputs.q,
-            k=inputs.k,
-            v=inputs.v,
-            signatures=inputs.signatures,
-            weights=inputs.weights,
-            levels=inputs.case.levels,
-            selection_heads=inputs.case.sizes.kv_heads,
-            capacity=inputs.capacity,
-        )
-        run = fused or run
+        features: dict[str, Any] = {
+            "k": inputs.k,
+            "v": inputs.v,
+            "signatures": inputs.signatures,
+            "weights": inputs.weights,
+        }
+        features |= {"levels": inputs.case.levels, "capacity": inputs.capacity, "key_weights": inputs.key_weights}
+        features |= {"selection_heads": inputs.case.sizes.kv_heads, "weights": inputs.weights}
+        for name in ("decode_step", "decode"):
+            fused = ops.dispatch.find_fused(name, inputs.q, **features)
+            if fused is not None:
+                run = fused
+                break
     backend = run.__module__.removeprefix("hashattention.ops.").split(".")[0]
     return f"cpu ({cpu.describe()})" if backend == "cpu" else backend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -24,19 +24,23 @@ Functions = Mapping[str, Callable[[], object]]
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one function over its samples: 20th, 50th and 80th percentile, and how many there were."""
+    """Milliseconds of one function over its samples: 20th, 50th and 80th percentile, and how many there were.
+
+    `floor_ms` is the median of nothing at all, timed the same way in the same rounds; it is part of the others.
+    """
 
     p20_ms: float
     p50_ms: float
     p80_ms: float
     samples: int
+    floor_ms: float = 0.0
 
     @classmethod
-    def of(cls, milliseconds: list[float]) -> Timing:
+    def of(cls, milliseconds: list[float], nothing: Sequence[float] = (0.0,)) -> Timing:
         """From samples in any order; a percentile is a sample, never a mean of two."""
         ordered = sorted(milliseconds)
         low, middle, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8))
-        return cls(low, middle, high, len(ordered))
+        return cls(low, middle, high, len(ordered), sorted(nothing)[len(nothing) // 2])
 
 
 def time_on_cpu(functions: Functions, rounds: int, seconds: float) -> dict[str, Timing]:
@@ -88,24 +92,30 @@ def capture(function: Callable[[], object]) -> Callable[[], object]:
 def time_on_cuda(functions: Functions, rounds: int, seconds: float) -> dict[str, Timing]:
     """As `time_on_cpu`, each function a captured graph between two events, queued behind a read of `GPU_FLUSH_BYTES`.
 
-    The time of an empty pair of events (some microseconds of launch) is part of every sample.
+    The time of an empty pair of events (some microseconds of launch) is part of every sample, and is the floor.
     """
     flush = torch.randn(GPU_FLUSH_BYTES // 4, device="cuda")
     graphs = {name: capture(function) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    nothing: list[float] = []
     began = time.perf_counter()
     for turn in range(max(rounds, LEAST)):
         if turn >= LEAST and time.perf_counter() - began > seconds:
             break
         for name, replay in graphs.items():
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.sum()
-            before.record()
-            replay()
-            after.record()
-            torch.cuda.synchronize()
-            samples[name].append(before.elapsed_time(after))
-    return {name: Timing.of(taken) for name, taken in samples.items()}
+            samples[name].append(_between_events(flush, replay))
+        nothing.append(_between_events(flush, lambda: None))
+    return {name: Timing.of(taken, nothing) for name, taken in samples.items()}
+
+
+def _between_events(flush: torch.Tensor, replay: Callable[[], object]) -> float:
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.sum()
+    before.record()
+    replay()
+    after.record()
+    torch.cuda.synchronize()
+    return float(before.elapsed_time(after))
 
 
 #: Device type -> how functions on it are timed.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hashattention.cli.output import check_folder, console, emit, grid
 from hashattention.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hashattention.bench.cases import Case
 
 
 class Bench(enum.StrEnum):
@@ -21,11 +25,14 @@ class Bench(enum.StrEnum):
     ops = "ops"
 
 
-COLUMNS = ("context", "density", "method", "p20 ms", "p50 ms", "p80 ms", "x dense", "roofline")
+COLUMNS = ("batch x context", "density", "method", "p20 ms", "p50 ms", "p80 ms", "x dense", "roofline")
 
 
 def bench(
     what: Annotated[Bench, typer.Argument(help="attention or ops.")],
+    suite: Annotated[
+        str | None, typer.Option(help="targets, contexts, batches, densities, bits or shapes: a list of cases.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     shape: Annotated[list[str] | None, typer.Option(help="A model's shape; may be repeated.")] = None,
     context: Annotated[list[int] | None, typer.Option(help="Cached tokens; may be repeated.")] = None,
@@ -39,23 +46,17 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Check the kernels against the reference, then time them against dense attention in the same process."""
-    from hashattention.bench.cases import SHAPES, Case
     from hashattention.bench.run import run
     from hashattention.cli.model import parse_dtype
 
-    shapes = shape or ["llama-3.1-8b"]
-    for name in shapes:
-        if name not in SHAPES:
-            raise ConfigError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}.")
+    kind: Any = parse_dtype(dtype)
+    axes = {"shape": shape, "context": context, "batch": batch, "density": density, "bits": bits}
+    given = {name: values for name, values in axes.items() if values}
+    cases = _product(given) if suite is None else _suite(suite, given)
     if out is not None:
         check_folder(out)
-    kind: Any = parse_dtype(dtype)
-    product = itertools.product(
-        shapes, context or [4096, 16384, 131072], batch or [1], density or [1 / 16], bits or [64]
-    )
-    cases = [Case(name, length, many, share, wide, dtype=kind) for name, length, many, share, wide in product]
     rows = []
-    for row in run(what.value, cases, device, rounds, seconds):
+    for row in run(what.value, [dataclasses.replace(case, dtype=kind) for case in cases], device, rounds, seconds):
         rows.append(row)
         if out is not None:
             with out.open("a", encoding="utf-8") as file:
@@ -65,7 +66,38 @@ def bench(
         emit({"rows": rows})
 
 
+def _suite(name: str, given: dict[str, Any]) -> list[Case]:
+    from hashattention.bench.cases import SUITES
+
+    if name not in SUITES:
+        raise ConfigError(f"unknown suite {name!r}; known: {', '.join(SUITES)}.")
+    if given:
+        named = ", ".join(f"--{axis}" for axis in given)
+        raise ConfigError(f"--suite {name} is a list of cases; leave out {named}, or leave out --suite.")
+    return SUITES[name]
+
+
+def _product(given: dict[str, Any]) -> list[Case]:
+    from hashattention.bench.cases import SHAPES, Case
+
+    axes: dict[str, list[Any]] = {
+        "shape": ["llama-3.1-8b"],
+        "context": [4096, 16384, 131072],
+        "batch": [1],
+        "density": [1 / 16],
+        "bits": [64],
+    }
+    axes |= given
+    for name in axes["shape"]:
+        if name not in SHAPES:
+            raise ConfigError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}.")
+    return [Case(**dict(zip(axes, point, strict=True))) for point in itertools.product(*axes.values())]
+
+
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    case = f"{row['batch']} x {row['context']:,}", f"{row['density']:.4f}"
+    if "refusal" in row:
+        return (*case, f"{row['method']} ({row['refusal']})", "", "", "", "", "")
     speedup = f"{row['speedup']:.2f}" if row["speedup"] else ""
     times = (f"{row[name]:.3f}" for name in ("p20_ms", "p50_ms", "p80_ms"))
-    return (f"{row['context']:,}", f"{row['density']:.4f}", row["method"], *times, speedup, f"{row['roofline']:.0%}")
+    return (*case, row["method"], *times, speedup, f"{row['roofline']:.0%}")
