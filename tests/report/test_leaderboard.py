@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
+from tests.report.evaluation_rows import DENSITIES, LAYERS, MODEL, make_rows, write_results
 
 from hashattention.errors import ConfigError, InputError
 from hashattention.evaluation.result import ROWS, Results
 from hashattention.report import leaderboard
 from hashattention.report.leaderboard import boards, depths, load, titles
-from tests.report.evaluation_rows import DENSITIES, LAYERS, MODEL, make_rows, write_results
 
 
 def test_a_board_has_every_method_at_every_density_the_best_first() -> None:

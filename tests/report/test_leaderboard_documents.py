@@ -3,10 +3,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from tests.report.evaluation_rows import DENSITIES, METHODS, make_marked
 
 from hashattention.evaluation.result import Marked, Reading
 from hashattention.report.leaderboard_documents import LEVELS, document, levels, spans, static
-from tests.report.evaluation_rows import DENSITIES, METHODS, make_marked
 
 
 def unpack(letters: str) -> list[int]:

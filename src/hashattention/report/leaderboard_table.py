@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from hashattention.evaluation.summary import DENSE, Summary, summarise
 from hashattention.report.leaderboard import Board, Entry, is_perplexity
@@ -190,20 +190,19 @@ def _markdown(board: Board, heading: bool) -> str:
     return "\n".join([*title, *table, "", conditions(board), reading(board, "in brackets"), star, made]) + "\n"
 
 
-def origins(board: Board) -> list[str]:
-    """Every command, version and commit that made the rows."""
-    return list(
-        dict.fromkeys(
-            f"{row.origin.get('command', '?')}, hashattention {row.origin.get('version', '?')}"
-            + (f" at {row.origin['commit']}" if row.origin.get("commit") else "")
-            for row in board.rows
-            if row.origin
-        )
-    )
+def origins(board: Board) -> list[tuple[str, str]]:
+    """Every command that made rows, with its version and commit."""
+    held = (row.origin for row in board.rows if row.origin)
+    return list(dict.fromkeys((str(origin.get("command", "?")), _version(origin)) for origin in held))
+
+
+def _version(origin: dict[str, Any]) -> str:
+    commit = f" at {origin['commit']}" if origin.get("commit") else ""
+    return f"hashattention {origin.get('version', '?')}{commit}"
 
 
 def _commands(board: Board) -> str:
-    return "; ".join(f"`{command}`" for command in origins(board)) or "an unknown command"
+    return "; ".join(f"`{command}`, {version}" for command, version in origins(board)) or "an unknown command"
 
 
 def _listed(word: str, values: Iterable[str]) -> str:
