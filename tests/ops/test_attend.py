@@ -221,7 +221,32 @@ def test_tensors_that_do_not_fit(change: dict, message: str) -> None:
 def test_opcheck(dtype: torch.dtype, to_pages: Callable[..., tuple[Tensor, ...]]) -> None:
     q, k, v = random_qkv(2, (4, 2), 9, (8, 6), dtype)
     rows = random_rows(2, 2, 9, 4)
-    torch.library.opcheck(torch.ops.hashattention.attend.default, (q, k, v, *rows, 0.3, 0.0, None, "auto"))
+    torch.library.opcheck(torch.ops.hashattention.attend.default, (q, k, v, *rows, 0.3, 0.0, None, 1.0, "auto"))
     table, key_pages, value_pages = to_pages(4, k, v)
-    paged = (q, key_pages, value_pages, *rows, 0.3, 5.0, table, "reference")
+    paged = (q, key_pages, value_pages, *rows, 0.3, 5.0, table, 1.0, "reference")
     torch.library.opcheck(torch.ops.hashattention.attend.default, paged)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("page", [0, 3])
+def test_a_float8_cache_stands_for_its_values_times_the_scales(
+    kind: torch.dtype, page: int, to_pages: Callable[..., tuple[Tensor, ...]]
+) -> None:
+    q, k, v = random_qkv(2, (4, 2), 9, (8, 6), torch.float32)
+    rows = random_rows(2, 2, 9, 4)
+    k_scale, v_scale = 0.25, 3.0
+    short_k, short_v = (k / k_scale).to(kind), (v / v_scale).to(kind)
+    expected = attend(q, short_k.float() * k_scale, short_v.float() * v_scale, *rows, scale=0.3, softcap=2.0)
+    table = None
+    if page:
+        table, *bytes_ = to_pages(page, short_k.view(torch.uint8), short_v.view(torch.uint8))
+        short_k, short_v = (each.view(kind) for each in bytes_)
+    scales = {"k_scale": k_scale, "v_scale": v_scale, "scale": 0.3, "softcap": 2.0}
+    got = attend(q, short_k, short_v, *rows, **scales, block_table=table)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_scales_are_for_float8_caches_alone() -> None:
+    q, k, v = random_qkv(1, (2, 2), 9, (8, 8), torch.bfloat16)
+    with pytest.raises(InputError, match=r"k_scale 1.0 and v_scale 2.0 are for float8 caches; k is torch.bfloat16"):
+        attend(q, k, v, *random_rows(1, 2, 9, 4), scale=0.3, v_scale=2.0)

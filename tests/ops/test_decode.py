@@ -282,7 +282,7 @@ def test_opcheck_with_a_new_key(method: str) -> None:
     key, weights, biases = a["new_key"]
     if key.shape[1] != weights[0].shape[0]:
         key = key.repeat_interleave(weights[0].shape[0] // key.shape[1], 1)
-    call = (a["q"], a["k"], a["v"], a["signatures"], a["weights"], a["biases"], *bounds, 0.0, None, None)
+    call = (a["q"], a["k"], a["v"], a["signatures"], a["weights"], a["biases"], *bounds, 0.0, None, None, 1.0)
     op = torch.ops.hashattention.decode_step.default
     torch.library.opcheck(op, (*call, "auto", key, weights, biases))
     torch.library.opcheck(op, (*call, "reference", key, weights, biases))
@@ -311,11 +311,11 @@ def test_opcheck(method: str, to_pages: Callable[..., tuple[Tensor, ...]]) -> No
     a = step(METHODS[method], batch=2)
     maps = a["weights"], a["biases"], a["start"], a["end"], a["budgets"], a["capacity"], a["levels"], a["scale"]
     op = torch.ops.hashattention.decode.default
-    torch.library.opcheck(op, (a["q"], a["k"], a["v"], a["signatures"], *maps, 0.0, None, None, "auto"))
+    torch.library.opcheck(op, (a["q"], a["k"], a["v"], a["signatures"], *maps, 0.0, None, None, 1.0, "auto"))
     mask = torch.ones(2, TOKENS, dtype=torch.bool)
-    torch.library.opcheck(op, (a["q"], a["k"], a["v"], a["signatures"], *maps, 5.0, mask, None, "auto"))
+    torch.library.opcheck(op, (a["q"], a["k"], a["v"], a["signatures"], *maps, 5.0, mask, None, 1.0, "auto"))
     table, *pages = to_pages(16, a["k"], a["v"], a["signatures"])
-    torch.library.opcheck(op, (a["q"], *pages, *maps, 0.0, None, table, "reference"))
+    torch.library.opcheck(op, (a["q"], *pages, *maps, 0.0, None, table, 1.0, "reference"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -339,3 +339,13 @@ def test_a_fused_step_that_fails_falls_back_unless_it_was_named(
     assert "CUDA error 1" in caplog.text
     with pytest.raises(BackendError, match="CUDA error 1"):
         decode(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_float8_cache(backend: str) -> None:
+    arguments = step(GROUP)
+    kinds = {"k": torch.float8_e4m3fn, "v": torch.float8_e4m3fn}
+    short = {name: (arguments[name] / 0.5).to(kind) for name, kind in kinds.items()}
+    long = {name: value.float() * 0.5 for name, value in short.items()}
+    got = decode_by(**{**arguments, **short}, k_scale=0.5, v_scale=0.5, backend=backend)
+    torch.testing.assert_close(got, decode(**{**arguments, **long}), rtol=1e-4, atol=1e-5)

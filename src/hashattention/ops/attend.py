@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hashattention.errors import InputError
 from hashattention.ops import dispatch, shapes
+
+#: Types of a quantised K and V cache.
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def attend(
@@ -18,6 +22,8 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     block_table: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query a head over its row's selected tokens; softmax in float32.
@@ -35,6 +41,8 @@ def attend(
     softcap : float
         0 for none, else logits become ``softcap * tanh(logits / softcap)``.
     block_table : Tensor, int32 ``[B, M]``, optional
+    k_scale, v_scale : float
+        What a float8 (e4m3 or e5m2) cache is to be multiplied by, one number a tensor.
     backend : str
         ``"auto"`` or a backend's name.
 
@@ -68,22 +76,33 @@ def attend(
     shapes.expect_multiple(sizes["Hq"], sizes["Hsel"], "query heads over selection heads")
     shapes.expect_multiple(sizes["Hsel"], sizes["Hkv"], "selection heads over KV heads")
     shapes.expect_same_device(q=q, k=k, v=v, indices=indices, counts=counts, block_table=block_table)
-    arguments = (q, k, v, indices, counts, scale, softcap, block_table, backend)
+    check_scales(k, k_scale, v_scale)
+    arguments = (q, k, v, indices, counts, scale * k_scale, softcap, block_table, v_scale, backend)
     out, logsumexp = torch.ops.hashattention.attend(*arguments)
     return out, logsumexp
+
+
+def check_scales(k: Tensor, k_scale: float, v_scale: float) -> None:
+    """Raise `InputError` for scales of a cache that is not quantised."""
+    if k.dtype not in FLOAT8 and (k_scale, v_scale) != (1.0, 1.0):
+        raise InputError(
+            f"k_scale {k_scale} and v_scale {v_scale} are for float8 caches; k is {k.dtype}: leave them out."
+        )
 
 
 @torch.library.custom_op(
     "hashattention::attend",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, float scale, float softcap,"
-    " Tensor? block_table, str backend) -> (Tensor, Tensor)",
+    " Tensor? block_table, float v_scale, str backend) -> (Tensor, Tensor)",
 )
-def _attend(q, k, v, indices, counts, scale, softcap, block_table, backend):  # type: ignore[no-untyped-def]
+def _attend(q, k, v, indices, counts, scale, softcap, block_table, v_scale, backend):  # type: ignore[no-untyped-def]
     run = dispatch.find("attend", q, backend, k=k, v=v, indices=indices, block_table=block_table)
-    return run(q, k, v, indices, counts, scale, softcap, block_table)
+    # Only backends that take float8 caches know of a scale.
+    scales = {} if v_scale == 1.0 else {"v_scale": v_scale}
+    return run(q, k, v, indices, counts, scale, softcap, block_table, **scales)
 
 
 @_attend.register_fake
-def _(q, k, v, indices, counts, scale, softcap, block_table, backend):  # type: ignore[no-untyped-def]
+def _(q, k, v, indices, counts, scale, softcap, block_table, v_scale, backend):  # type: ignore[no-untyped-def]
     return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)

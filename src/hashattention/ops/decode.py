@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hashattention.errors import BackendError, InputError
 from hashattention.ops import dispatch, shapes
-from hashattention.ops.attend import attend
+from hashattention.ops.attend import attend, check_scales
 from hashattention.ops.encode import check_map, encode_query, encode_signature, write_signature
 from hashattention.ops.select import check_rows, score_select
 
@@ -40,13 +40,14 @@ class Call(NamedTuple):
     softcap: float
     mask: Tensor | None
     block_table: Tensor | None
+    v_scale: float
     backend: str
 
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor{} signatures, Tensor[] weights, Tensor[] biases, Tensor start, Tensor end,"
     " Tensor budgets, int capacity, int levels, float scale, float softcap, Tensor? mask, Tensor? block_table,"
-    " str backend{}) -> (Tensor, Tensor)"
+    " float v_scale, str backend{}) -> (Tensor, Tensor)"
 )
 
 
@@ -81,6 +82,8 @@ def decode(
     mask: Tensor | None = None,
     block_table: Tensor | None = None,
     new_key: NewKey | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Encode the queries, score all signatures, select, attend to the selected tokens.
@@ -104,6 +107,8 @@ def decode(
     new_key : tuple, optional
         The newest token's key ``[B, Hkv, 1, D]`` and phi_k's weights and biases: its signature is encoded first and
         written to `signatures`, in place, at position ``end[b] - 1`` (a row with end 0 writes nothing).
+    k_scale, v_scale : float
+        As in `attend`.
     backend : str
         ``"auto"`` or a backend's name.
 
@@ -123,7 +128,8 @@ def decode(
         raise InputError("weights is empty; a map needs at least one stage.")
     _check(q, k, v, signatures, weights, biases, start, end, budgets, capacity, mask, block_table)
     caches, bounds, maps = (k, v, signatures), (start, end, budgets), (list(weights), list(biases))
-    call = (q, *caches, *maps, *bounds, capacity, levels, scale, softcap, mask, block_table, backend)
+    check_scales(k, k_scale, v_scale)
+    call = (q, *caches, *maps, *bounds, capacity, levels, scale * k_scale, softcap, mask, block_table, v_scale, backend)
     if new_key is None:
         out, logsumexp = torch.ops.hashattention.decode(*call)
         return out, logsumexp
@@ -204,8 +210,10 @@ def _find(name: str, call: Call, **more: Any) -> Callable[..., Any] | None:
 
 def _launch(fused: Callable[..., Any], call: Call, *arguments: Any) -> tuple[Tensor, Tensor] | None:
     """What the fused step gives, or None if it could not be launched and was not asked for by name."""
+    # Only backends that take float8 caches know of a scale.
+    scales = {} if call.v_scale == 1.0 else {"v_scale": call.v_scale}
     try:
-        out, logsumexp = fused(*arguments)
+        out, logsumexp = fused(*arguments, **scales)
     except BackendError as error:
         if call.backend != "auto":
             raise
@@ -239,7 +247,7 @@ def _step(call: Call, new_key: NewKey) -> tuple[Tensor, Tensor]:
 def _decode(call: Call) -> tuple[Tensor, Tensor]:
     """The step, fused or as its parts."""
     fused = _find("decode", call)
-    if fused is not None and (done := _launch(fused, call, *call[:-1])) is not None:
+    if fused is not None and (done := _launch(fused, call, *call[:15])) is not None:
         return done
     x = group_queries(call.q, call.weights[0].shape[0])
     if call.levels:
@@ -249,6 +257,7 @@ def _decode(call: Call) -> tuple[Tensor, Tensor]:
     caches: dict[str, Any] = {"block_table": call.block_table, "backend": call.backend}
     bounds = call.start, call.end, call.budgets, call.capacity
     selection = score_select(code, call.signatures, *bounds, mask=call.mask, levels=call.levels or 127, **caches)
+    caches["v_scale"] = call.v_scale
     return attend(call.q, call.k, call.v, *selection, scale=call.scale, softcap=call.softcap, **caches)
 
 

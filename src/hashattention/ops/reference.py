@@ -148,6 +148,9 @@ def gather_tokens(cache: Tensor, indices: Tensor, block_table: Tensor | None = N
     token = indices.clamp(min=0).long()
     head = torch.arange(selection_heads, device=cache.device) * cache.shape[1] // selection_heads
     request = torch.arange(batch, device=cache.device)[:, None, None]
+    if cache.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        # Not every device indexes float8: bytes do.
+        return gather_tokens(cache.view(torch.uint8), indices, block_table).view(cache.dtype)
     if block_table is None:
         return cache[request, head[None, :, None], token]
     size = cache.shape[2]
@@ -163,11 +166,12 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     block_table: Tensor | None = None,
+    v_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q ``[B, Hq, 1, D]`` over the selected rows: out ``[B, Hq, 1, Dv]`` and logsumexp float32
     ``[B, Hq, 1]``.
 
-    A row with count 0 gives out 0 and logsumexp -inf.
+    A row with count 0 gives out 0 and logsumexp -inf. A float8 V stands for its values times `v_scale`.
     """
     selection_heads, slots = indices.shape[1:]
     used = torch.arange(slots, device=q.device) < counts[..., None]
@@ -182,7 +186,7 @@ def attend(
     lse = logits.logsumexp(-1)
     # Not exp(logits - lse): a large lse would cost its own rounding. An empty row is NaN here, all of it masked.
     weights = logits.softmax(-1).masked_fill(~used[:, :, None], 0)
-    out = (weights @ values).flatten(1, 2).unsqueeze(2)
+    out = (weights @ values * v_scale).flatten(1, 2).unsqueeze(2)
     return out.to(q.dtype), lse.flatten(1, 2).unsqueeze(2)
 
 

@@ -30,6 +30,8 @@ TYPES = {
     torch.int32: "i32",
     torch.int16: "i16",
     torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
 }
 
 
@@ -93,6 +95,8 @@ def main(arch: int) -> None:
     indices = torch.zeros(1, heads, 336, dtype=torch.int32)
     table = torch.zeros(1, tokens, dtype=torch.int32)
     attend(q, k.view(tokens, heads, 1, dim), k.view(tokens, heads, 1, dim), indices, budgets[..., 0], 0.1, 30.0, table)
+    short = k.to(torch.float8_e4m3fn if arch >= 89 else torch.float8_e5m2)
+    attend(q, short, short, indices, budgets[..., 0], 0.1, v_scale=2.0)
     encode_signature(torch.zeros(1, heads, 256, 512, dtype=torch.bfloat16), maps, biases)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hashattention import ops
 from hashattention.ops import reference, triton
 
 CASES = [
@@ -82,12 +83,22 @@ def test_unused_rows_of_the_cache_are_never_read_into_the_result(device: str) ->
     assert torch.allclose(out, torch.full_like(out, 3.0))
 
 
-def test_a_float8_cache(device: str) -> None:
-    q = torch.randn(1, 2, 1, 32, device=device)
-    k, v = (torch.randn(1, 1, 64, 32, device=device) for _ in range(2))
-    indices = torch.arange(64, device=device, dtype=torch.int32).view(1, 1, -1)
-    counts = torch.full((1, 1), 64, dtype=torch.int32, device=device)
-    short_k, short_v = k.to(torch.float8_e5m2), v.to(torch.float8_e5m2)
-    out, _ = triton.attend(q, short_k, short_v, indices, counts, 0.2)
-    expected, _ = reference.attend(q, short_k.float(), short_v.float(), indices, counts, 0.2)
-    assert torch.allclose(out, expected, atol=1e-5)
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("page", [0, 7])
+@pytest.mark.parametrize("query", [torch.float32, torch.float16], ids=str)
+def test_a_float8_cache(kind: torch.dtype, page: int, query: torch.dtype, device: str, to_pages) -> None:
+    q = torch.randn(1, 2, 1, 32, device=device).to(query)
+    k, v = (torch.randn(1, 1, 64, 32).to(kind) for _ in range(2))
+    table = None
+    if page:
+        table, *pages = to_pages(page, k.view(torch.uint8), v.view(torch.uint8))
+        table, (k, v) = table.to(device), (each.view(kind) for each in pages)
+    k, v = k.to(device), v.to(device)
+    indices = torch.arange(0, 64, 2, device=device, dtype=torch.int32).view(1, 1, -1)
+    counts = torch.full((1, 1), 29, dtype=torch.int32, device=device)
+    rows = {"block_table": table, "k_scale": 0.5, "v_scale": 3.0, "scale": 0.2}
+    out, lse = ops.attend(q, k, v, indices, counts, **rows, backend="triton")
+    expected, expected_lse = ops.attend(q.float(), k, v, indices, counts, **rows, backend="reference")
+    tolerance = 1e-5 if query == torch.float32 else 5e-3
+    assert torch.allclose(out.float(), expected, atol=tolerance)
+    assert torch.allclose(lse, expected_lse, atol=tolerance)

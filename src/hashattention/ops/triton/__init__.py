@@ -35,6 +35,8 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
     reason = _refuse_device(tensor, arguments.get("named", False))
     if reason is None and tensor.numel() == 0:
         reason = "empty tensors are left to the reference"
+    if reason is None:
+        reason = _refuse_cache(tensor, arguments.get("k"))
     if reason is None and arguments.get("mask") is not None:
         reason = "a mask with holes is not supported"
     for name in ("weights", "key_weights"):
@@ -60,6 +62,13 @@ def _refuse_device(tensor: Tensor, named: bool) -> str | None:
     if tensor.device.type == "cpu" and triton.knobs.runtime.interpret:
         return None if named else "the interpreter is for tests; name the backend to use it"
     return f"needs a CUDA tensor, given one on {tensor.device.type}"
+
+
+def _refuse_cache(tensor: Tensor, k: Tensor | None) -> str | None:
+    if k is None or k.dtype != torch.float8_e4m3fn or tensor.device.type != "cuda":
+        return None
+    newest = torch.cuda.get_device_capability(tensor.device) >= (8, 9)
+    return None if newest else "an e4m3 cache needs compute capability 8.9 or newer"
 
 
 def _refuse_map(weights: list[Tensor]) -> str | None:

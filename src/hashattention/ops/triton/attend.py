@@ -48,7 +48,7 @@ def _merge(parts, maxima, sums, splits, row, DV: tl.constexpr, DVP: tl.constexpr
 @triton.jit
 def _attend(
     q, k, v, indices, counts, table, out, logsumexp, parts, maxima, sums, tickets,
-    scale, softcap, capacity, ratio, sq0, sq1, sk0, sk1, sk2, sv0, sv1, sv2, table_width, page,
+    scale, softcap, v_scale, capacity, ratio, sq0, sq1, sk0, sk1, sk2, sv0, sv1, sv2, table_width, page,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _attend(
     if done:
         if SPLITS > 1:
             sum_v, top, total = _merge(parts, maxima, sums, SPLITS, row, DV, DVP, R, RP)
-        result = sum_v / tl.where(total > 0, total, 1.0)[:, None]
+        result = sum_v * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
         head_row = row * R + r
         tl.store(
             out + head_row[:, None] * DV + dv[None, :],
@@ -126,6 +126,7 @@ def attend(
     softcap: float = 0.0,
     block_table: Tensor | None = None,
     tickets: Tensor | None = None,
+    v_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.attend`; `tickets` are int32 zeros, one a row (made here if not given)."""
     batch, query_heads, _, dim = q.shape
@@ -147,7 +148,8 @@ def attend(
     _attend[(splits, heads, batch)](
         q, k, v, indices.contiguous(), counts.contiguous(), block_table, out, logsumexp,
         parts, None if sums is None else sums[0], None if sums is None else sums[1], tickets,
-        scale, softcap, capacity, heads // k.shape[1], q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3],
+        scale, softcap, v_scale, capacity, heads // k.shape[1],
+        q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3],
         0 if block_table is None else block_table.stride(0), k.shape[2],
         D=dim, DP=max(16, triton.next_power_of_2(dim)), DV=dim_v, DVP=max(16, triton.next_power_of_2(dim_v)),
         R=per_row, RP=max(16, triton.next_power_of_2(per_row)), SPLITS=splits, BLOCK=32, PAGED=block_table is not None,

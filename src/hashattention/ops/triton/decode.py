@@ -29,6 +29,7 @@ def decode_step(
     softcap: float = 0.0,
     block_table: Tensor | None = None,
     new_key: NewKey | None = None,
+    v_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """As the op `decode`; `new_key` is encoded in the same launch as q, its signature goes to ``end[b] - 1``."""
     batch, heads = budgets.shape[:2]
@@ -52,7 +53,7 @@ def decode_step(
         launch(x, weights, biases, code, rate, levels=levels, tickets=tickets)
     bounds = (start, end, budgets, capacity)
     indices, counts = score_select(code, signatures, *bounds, block_table=block_table, levels=levels or 127)
-    return attend(q, k, v, indices, counts, scale, softcap, block_table, tickets=tickets[encoded:])
+    return attend(q, k, v, indices, counts, scale, softcap, block_table, tickets=tickets[encoded:], v_scale=v_scale)
 
 
 def decode(
@@ -71,7 +72,10 @@ def decode(
     softcap: float = 0.0,
     mask: Tensor | None = None,
     block_table: Tensor | None = None,
+    v_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """As the op `decode`: out ``[B, Hq, 1, Dv]`` and logsumexp ``[B, Hq, 1]``."""
     rows = start, end, budgets
-    return decode_step(q, k, v, signatures, weights, biases, *rows, capacity, levels, scale, softcap, block_table)
+    return decode_step(
+        q, k, v, signatures, weights, biases, *rows, capacity, levels, scale, softcap, block_table, None, v_scale
+    )
