@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import re
@@ -78,9 +79,9 @@ def spans(pieces: Sequence[str], expected: Sequence[str]) -> list[list[int]]:
     wanted = [re.escape(answer.strip()) for answer in expected if len(answer.strip()) >= LETTERS]
     found: list[list[int]] = []
     for match in re.finditer("|".join(wanted), text) if wanted else ():
-        inside = [i for i in range(len(pieces)) if borders[i] < match.end() and borders[i + 1] > match.start()]
-        if not found or inside[0] >= found[-1][1]:
-            found.append([inside[0], inside[-1] + 1])
+        first, end = bisect.bisect_right(borders, match.start()) - 1, bisect.bisect_left(borders, match.end())
+        if not found or first >= found[-1][1]:
+            found.append([first, end])
     return found
 
 
