@@ -349,3 +349,100 @@ def test_a_float8_cache(backend: str) -> None:
     long = {name: value.float() * 0.5 for name, value in short.items()}
     got = decode_by(**{**arguments, **short}, k_scale=0.5, v_scale=0.5, backend=backend)
     torch.testing.assert_close(got, decode(**{**arguments, **long}), rtol=1e-4, atol=1e-5)
+
+
+def gpu_step(batch: int = 4, tokens: int = 4104) -> dict[str, Any]:
+    """A Llama-3.1-8B layer in bf16 with ragged rows; what must not be read is NaN."""
+    heads, dim = 8, 128
+    generator = torch.Generator("cuda").manual_seed(tokens)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    def draw_map(*widths: int) -> tuple[list[Tensor], list[Tensor]]:
+        weights = [(draw(heads, i, o) * i**-0.5).bfloat16() for i, o in itertools.pairwise(widths)]
+        return weights, [draw(heads, o) * 0.1 for o in widths[1:]]
+
+    end = torch.tensor([tokens, tokens - 1, 700, 8], dtype=torch.int32, device="cuda").repeat(batch)[:batch]
+    start = torch.tensor([0, 9, 0, 8], dtype=torch.int32, device="cuda").repeat(batch)[:batch]
+    position = torch.arange(tokens, device="cuda")
+    outside = ((position < start[:, None]) | (position >= end[:, None]))[:, None, :, None]
+    weights, biases = draw_map(4 * dim, 256, 256, 64)
+    signatures = torch.randint(-(2**31), 2**31 - 1, (batch, heads, tokens, 2), device="cuda", dtype=torch.int32)
+    return {
+        "q": draw(batch, 4 * heads, 1, dim).bfloat16(),
+        "k": draw(batch, heads, tokens, dim).bfloat16().masked_fill(outside, float("nan")),
+        "v": draw(batch, heads, tokens, dim).bfloat16().masked_fill(outside, float("nan")),
+        "signatures": signatures,
+        "weights": weights,
+        "biases": biases,
+        "start": start,
+        "end": end,
+        "budgets": torch.tensor([4, 16, 108], dtype=torch.int32, device="cuda").repeat(batch, heads, 1),
+        "capacity": 128,
+        "scale": dim**-0.5,
+        "new_key": (draw(batch, heads, 1, dim).bfloat16(), *draw_map(dim, 256, 256, 64)),
+    }
+
+
+GPU_BACKENDS = pytest.mark.parametrize("backend", ["auto", "cuda", "triton"])
+
+
+@pytest.mark.gpu
+@GPU_BACKENDS
+@pytest.mark.parametrize("size", [0, 8, 64])
+def test_on_a_gpu_the_new_key_is_signed_and_the_step_follows(
+    backend: str, size: int, to_pages: Callable[..., tuple[Tensor, ...]]
+) -> None:
+    """Bits may differ where the exact logit is nearer to zero than bf16 errs; nothing else may change."""
+    made = gpu_step(tokens=4096 if size else 4104)
+    dense = made["signatures"].clone()
+    if size:
+        names = ("k", "v", "signatures")
+        table, *pages = to_pages(size, *(made[name].cpu() for name in names))
+        made |= {"block_table": table.cuda()} | {n: page.cuda() for n, page in zip(names, pages, strict=True)}
+    before = made["signatures"].clone()
+    out, lse = decode_by(**made, backend=backend)
+    key, weights, biases = made["new_key"]
+    logits = reference.mlp(key, weights, biases)
+    wanted, sure = reference.pack_bits(logits > 0), logits.abs() > 0.02 * logits.abs().amax()
+    after = made["signatures"]
+    rows = after if not size else after[made["block_table"].long()].transpose(1, 2).flatten(2, 3)
+    for request, end in enumerate(made["end"].tolist()):
+        got = rows[request, :, end - 1]
+        differ = reference.unpack_bits(got) != reference.unpack_bits(wanted[request, :, 0])
+        assert not (differ & sure[request, :, 0]).any()
+        dense[request, :, end - 1] = got
+    if size:
+        assert (after != before).any(-1).sum() <= made["end"].numel() * 8
+    else:
+        assert torch.equal(after, dense)
+    again = decode_by(**{**made, "new_key": None}, backend=backend)
+    assert_same((out, lse), again)
+
+
+@pytest.mark.gpu
+@GPU_BACKENDS
+def test_on_a_gpu_a_step_with_a_new_key_is_captured_and_compiled(backend: str) -> None:
+    torch._dynamo.reset()
+    made = gpu_step()
+    cache, rest = made["signatures"], {name: value for name, value in made.items() if name != "signatures"}
+    buffer = torch.zeros(*cache.shape[:2], cache.shape[2] + 56, 2, dtype=torch.int32, device="cuda")
+    buffer[:, :, : cache.shape[2]] = cache
+
+    def run(buffer: Tensor) -> tuple[Tensor, Tensor]:
+        return decode_by(signatures=buffer[:, :, : cache.shape[2]], **rest, backend=backend)
+
+    expected = run(buffer)
+    written = buffer.clone()
+    buffer[:, :, : cache.shape[2]] = cache
+    assert_same(torch.compile(run, fullgraph=True)(buffer), expected)
+    assert torch.equal(buffer, written)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run(buffer)
+    buffer[:, :, : cache.shape[2]] = cache
+    out.fill_(torch.nan)
+    graph.replay()
+    assert_same((out, lse), expected)
+    assert torch.equal(buffer, written)

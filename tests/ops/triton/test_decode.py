@@ -7,6 +7,7 @@ import torch
 
 from hashattention import ops
 from hashattention.errors import BackendError
+from hashattention.ops import reference
 
 
 def make(heads: int, group: int, tokens: int, device: str, maps: int | None = None) -> tuple:
@@ -126,3 +127,107 @@ def test_a_captured_step_follows_its_inputs() -> None:
         expected = ops.decode(*arguments, budgets, 48, scale=0.25, backend="reference")
         assert torch.allclose(out, expected[0], atol=1e-3)
         assert torch.allclose(lse, expected[1], atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_signs_its_new_key() -> None:
+    """Captured once; replays follow queries, keys and lengths, and write nowhere but at the rows' ends."""
+    q, k, v, signatures, _, _, start, end = make(2, 4, 5000, "cuda")
+    widths = [64, 96, 96, 64]
+    weights = [torch.randn(2, a, b, device="cuda") / a**0.5 for a, b in itertools.pairwise(widths)]
+    biases = [torch.randn(2, b, device="cuda") / 10 for b in widths[1:]]
+    new_key = make_key(signatures, [16, *widths[1:]], "cuda")
+    budgets = torch.tensor([4, 8, 30], dtype=torch.int32, device="cuda").repeat(2, 2, 1)
+    call = (q, k, v, signatures, weights, biases, start, end, budgets, 48)
+    options = {"scale": 0.25, "new_key": new_key}
+    ops.decode(*call, **options, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = ops.decode(*call, **options, backend="triton")
+    for _ in range(3):
+        q.normal_()
+        new_key[0].normal_()
+        end[0] -= 17
+        expected_cache = signatures.clone()
+        options["new_key"] = (new_key[0].clone(), *new_key[1:])
+        expected = ops.decode(q, k, v, expected_cache, *call[4:], **options, backend="reference")
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(signatures, expected_cache)
+        assert torch.allclose(out, expected[0], atol=1e-3)
+        assert torch.allclose(lse, expected[1], atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_step_over_a_million_tokens_uses_long_offsets() -> None:
+    """3.2e9 values of K: offsets of the last request are beyond 32 bits; bf16, 64 bits, an odd length."""
+    batch, heads, tokens, dim = 3, 8, 2**20, 128
+    shape = (batch, heads, tokens)
+    k, v = (torch.randn(*shape, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(batch, 4 * heads, 1, dim, device="cuda", dtype=torch.bfloat16)
+    signatures = torch.randint(-(2**31), 2**31 - 1, (*shape, 2), device="cuda", dtype=torch.int32)
+    widths = [4 * dim, 256, 256, 64]
+    weights = [(torch.randn(heads, a, b, device="cuda") / a**0.5).bfloat16() for a, b in itertools.pairwise(widths)]
+    biases = [torch.randn(heads, b, device="cuda") / 10 for b in widths[1:]]
+    key_weights = [torch.randn(heads, dim, 256, device="cuda").bfloat16() / 12, *weights[1:]]
+    start = torch.tensor([0, 5, 1000], dtype=torch.int32, device="cuda")
+    end = torch.tensor([tokens, tokens - 1, tokens - 3], dtype=torch.int32, device="cuda")
+    budgets = torch.tensor([16, 64, 2**15 - 80], dtype=torch.int32, device="cuda").expand(batch, heads, 3).contiguous()
+    new_key = (torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16), key_weights, biases)
+    before = signatures.clone()
+    maps, bounds = (weights, biases), (start, end, budgets, 2**15)
+    out, _ = ops.decode(q, k, v, signatures, *maps, *bounds, scale=dim**-0.5, new_key=new_key, backend="triton")
+    changed = (signatures != before).any(-1).nonzero().tolist()
+    assert {(b, t) for b, _, t in changed} == {(b, int(end[b]) - 1) for b in range(batch)}
+    code, _ = ops.encode_query(ops.group_queries(q, heads), *maps, backend="triton")
+    for one in (slice(0, 1), slice(2, 3)):
+        rows = start[one], end[one], budgets[one], 2**15
+        indices, counts = reference.score_select(code[one], signatures[one], *rows)
+        exact, _ = reference.attend(q[one].float(), k[one], v[one], indices, counts, dim**-0.5)
+        error, rounding = (out[one].float() - exact).norm(), (exact.bfloat16().float() - exact).norm()
+        assert error <= 2 * rounding
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [0, 61])
+def test_a_compiled_step_signs_its_new_key(page: int, to_pages) -> None:
+    torch._dynamo.reset()
+    q, k, v, signatures, weights, biases, start, end = make(2, 4, 1501, "cuda")
+    new_key = make_key(signatures, [16, 32, 32, 64], "cuda")
+    table = None
+    if page:
+        table, k, v, signatures = (t.cuda() for t in to_pages(page, k.cpu(), v.cpu(), signatures.cpu()))
+    budgets = torch.tensor([4, 8, 30], dtype=torch.int32, device="cuda").repeat(2, 2, 1)
+    caches = [signatures.clone(), signatures.clone()]
+
+    def step(cache: torch.Tensor) -> torch.Tensor:
+        rows = (weights, biases, start, end, budgets, 48)
+        options = {"scale": 0.25, "block_table": table, "new_key": new_key, "backend": "triton"}
+        return ops.decode(q, k, v, cache, *rows, **options)[0] * 2
+
+    expected = step(caches[0])
+    assert torch.equal(torch.compile(step, fullgraph=True)(caches[1]), expected)
+    assert torch.equal(*caches)
+    assert not torch.equal(caches[0], signatures)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 4097), (256, 33)])
+def test_batches_and_lengths_at_the_ends_of_the_range(batch: int, tokens: int) -> None:
+    heads, dim = 2, 64
+    q = torch.randn(batch, 4 * heads, 1, dim, device="cuda", dtype=torch.float16)
+    k, v = (torch.randn(batch, heads, tokens, dim, device="cuda", dtype=torch.float16) for _ in range(2))
+    signatures = torch.randint(-(2**31), 2**31 - 1, (batch, heads, tokens, 2), device="cuda", dtype=torch.int32)
+    widths = [4 * dim, 64, 64, 64]
+    weights = [torch.randn(heads, a, b, device="cuda").half() / a**0.5 for a, b in itertools.pairwise(widths)]
+    biases = [torch.randn(heads, b, device="cuda") / 10 for b in widths[1:]]
+    end = torch.randint(0, tokens + 1, (batch,), device="cuda").int()
+    end[0] = tokens
+    rows = (torch.zeros_like(end), end, torch.tensor([[[1, 2, 9]]], device="cuda").int().expand(batch, heads, 3), 12)
+    out, lse = ops.decode(q, k, v, signatures, weights, biases, *rows, scale=0.125, backend="triton")
+    code, _ = ops.encode_query(ops.group_queries(q, heads), weights, biases, backend="triton")
+    indices, counts = reference.score_select(code, signatures, *rows)
+    exact, exact_lse = reference.attend(q.float(), k, v, indices, counts, 0.125)
+    assert torch.allclose(out.float(), exact, atol=4e-3)
+    assert torch.allclose(lse, exact_lse, atol=4e-3)
+    assert not out[end == 0].any()
