@@ -8,6 +8,7 @@
 #include "floats.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
+#include "rows.hpp"
 #include "scratch.hpp"
 
 namespace HASHATTENTION_ISA {
@@ -22,27 +23,29 @@ struct Rows {
     int64_t count;
 };
 
+// The rows of the span after this one, a key's and a value's at a time.
 template <class Value>
-inline void prefetch(const Value* row, int64_t dim) {
-    const char* p = reinterpret_cast<const char*>(row);
-    for (size_t i = 0; i < static_cast<size_t>(dim) * sizeof(Value); i += 64) __builtin_prefetch(p + i, 0, 2);
-}
+struct Ahead {
+    const Rows<Value>* keys;
+    const Rows<Value>* values;
+    int64_t key_dim, value_dim;
 
-// Addresses of the rows that `indices` name; negative or too large ones are clamped: no memory outside is ever read.
+    // Row 2 i is the key of token i, row 2 i + 1 its value.
+    HASHATTENTION_FETCH void fetch(int64_t row) const {
+        const int64_t i = row / 2;
+        if (i >= keys->count) return;
+        if (row % 2 == 0)
+            fetch_row(keys->at[i], key_dim * static_cast<int64_t>(sizeof(Value)));
+        else
+            fetch_row(values->at[i], value_dim * static_cast<int64_t>(sizeof(Value)));
+    }
+};
+
 template <class Value>
 inline void find_rows(const hashattention::Attention& a, const hashattention::Cache& cache, int64_t request, int64_t head,
                       const int32_t* indices, int64_t count, Rows<Value>& rows) {
-    const Value* base = static_cast<const Value*>(cache.values) + head * cache.head_stride;
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t token = clamp(indices[i], 0, a.tokens - 1);
-        if (a.pages.table == nullptr) {
-            rows.at[i] = base + request * cache.request_stride + token * cache.token_stride;
-        } else {
-            const int64_t given = a.pages.table[request * a.pages.per_row + token / a.pages.size];
-            const int64_t page = clamp(given, 0, a.pages.count - 1);
-            rows.at[i] = base + page * cache.request_stride + token % a.pages.size * cache.token_stride;
-        }
-    }
+    const Value* values = static_cast<const Value*>(cache.values);
+    for (int64_t i = 0; i < count; ++i) rows.at[i] = values + find_row(a, cache, request, head, indices[i]);
     rows.count = count;
 }
 
@@ -51,12 +54,19 @@ template <int Queries, int Keys, class Value>
 inline void dot(const float* const* query, const Value* const* keys, int64_t dim, float (&out)[Keys][Queries]) {
     Floats sum[Keys * Queries] = {};
     int64_t d = 0;
-    for (; d + lanes <= dim; d += lanes) {
-        Floats k[Keys];
-        for (int i = 0; i < Keys; ++i) k[i] = load(keys[i] + d);
+    for (; d + 2 * lanes <= dim; d += 2 * lanes) {
+        Pair k[Keys];
+        for (int i = 0; i < Keys; ++i) k[i] = load_pair(keys[i] + d);
         for (int q = 0; q < Queries; ++q) {
-            const Floats value = load(query[q] + d);
-            for (int i = 0; i < Keys; ++i) sum[i * Queries + q] += k[i] * value;
+            const Floats a = load(query[q] + d), b = load(query[q] + d + lanes);
+            for (int i = 0; i < Keys; ++i) sum[i * Queries + q] += k[i].a * a;
+            for (int i = 0; i < Keys; ++i) sum[i * Queries + q] += k[i].b * b;
+        }
+    }
+    for (; d + lanes <= dim; d += lanes) {
+        for (int i = 0; i < Keys; ++i) {
+            const Floats k = load(keys[i] + d);
+            for (int q = 0; q < Queries; ++q) sum[i * Queries + q] += k * load(query[q] + d);
         }
     }
     static_assert(Keys * Queries % 4 == 0);
@@ -68,15 +78,15 @@ inline void dot(const float* const* query, const Value* const* keys, int64_t dim
 
 // Logits [Queries][span] of queries [..][dim] for the rows of `keys`, `Keys` rows a turn, fetching `ahead` meanwhile.
 template <int Queries, int Keys, class Value>
-inline void make_logits(const float* query, int64_t dim, const Rows<Value>& keys, const Rows<Value>& ahead,
-                        int64_t ahead_dim, float* logits) {
+inline void make_logits(const float* query, int64_t dim, const Rows<Value>& keys, const Ahead<Value>* ahead,
+                        float* logits) {
     const float* queries[Queries];
     for (int q = 0; q < Queries; ++q) queries[q] = query + q * dim;
     for (int64_t t = 0; t < keys.count; t += Keys) {
         const Value* some[Keys];
         for (int i = 0; i < Keys; ++i) {
             some[i] = keys.at[t + i < keys.count ? t + i : t];
-            if (t + i < ahead.count) prefetch(ahead.at[t + i], ahead_dim);
+            if (ahead != nullptr) ahead->fetch(t + i);
         }
         float out[Keys][Queries];
         dot<Queries, Keys>(queries, some, dim, out);
@@ -87,16 +97,15 @@ inline void make_logits(const float* query, int64_t dim, const Rows<Value>& keys
 
 template <class Value>
 inline void make_group_logits(const float* query, int64_t group, int64_t dim, const Rows<Value>& keys,
-                              const Rows<Value>& values, int64_t value_dim, float* logits) {
-    const Rows<Value> none{};
+                              const Ahead<Value>& all, float* logits) {
     for (int64_t g = 0; g < group;) {
-        const Rows<Value>& ahead = g == 0 ? values : none;
+        const Ahead<Value>* ahead = g == 0 ? &all : nullptr;
         if (group - g >= 4)
-            make_logits<4, 2>(query + g * dim, dim, keys, ahead, value_dim, logits + g * span), g += 4;
+            make_logits<4, 2>(query + g * dim, dim, keys, ahead, logits + g * span), g += 4;
         else if (group - g >= 2)
-            make_logits<2, 4>(query + g * dim, dim, keys, ahead, value_dim, logits + g * span), g += 2;
+            make_logits<2, 4>(query + g * dim, dim, keys, ahead, logits + g * span), g += 2;
         else
-            make_logits<1, 4>(query + g * dim, dim, keys, ahead, value_dim, logits + g * span), g += 1;
+            make_logits<1, 4>(query + g * dim, dim, keys, ahead, logits + g * span), g += 1;
     }
 }
 
@@ -139,27 +148,24 @@ inline float step_softmax(const hashattention::Attention& a, float* logits, int6
 // Adds weights [Queries][span] times rows to sums [Queries][dim], two vectors of the dimension at a time; fetches the
 // rows `ahead` meanwhile.
 template <int Queries, class Value>
-inline void add_values(const float* weights, const float* kept, const Rows<Value>& rows, const Rows<Value>& ahead,
-                       int64_t ahead_dim, int64_t dim, float* sums) {
-    // The lines of `ahead` are spread over all turns, so that memory is never idle: one of every second row where there
-    // are twice as many turns as lines in a row.
-    const int64_t row_bytes = ahead_dim * static_cast<int64_t>(sizeof(Value));
-    const int64_t every = row_bytes * 4 * lanes <= dim * 64 ? 2 : 1;
+inline void add_values(const float* weights, const float* kept, const Rows<Value>& rows, const Ahead<Value>* ahead,
+                       int64_t dim, float* sums) {
+    // The other half of the rows ahead, spread evenly, so that memory is never idle.
+    const int64_t every = dim / (2 * lanes);
+    int64_t fetched = ahead != nullptr ? span : 2 * span, wait = 1;
     int64_t d = 0;
-    for (int64_t turn = 0; d + 2 * lanes <= dim; d += 2 * lanes, ++turn) {
-        const int64_t line = turn / every * 64, fetched = line < row_bytes ? ahead.count : 0;
+    for (; d + 2 * lanes <= dim; d += 2 * lanes) {
         Floats a[Queries], b[Queries];
         for (int q = 0; q < Queries; ++q) {
             a[q] = load(sums + q * dim + d) * kept[q];
             b[q] = load(sums + q * dim + d + lanes) * kept[q];
         }
         for (int64_t t = 0; t < rows.count; ++t) {
-            const Floats v = load(rows.at[t] + d), w = load(rows.at[t] + d + lanes);
-            if (t < fetched && (t + turn) % every == 0)
-                __builtin_prefetch(reinterpret_cast<const char*>(ahead.at[t]) + line, 0, 2);
+            const Pair value = load_pair(rows.at[t] + d);
+            if (--wait == 0 && fetched < 2 * span) ahead->fetch(fetched++), wait = every;
             for (int q = 0; q < Queries; ++q) {
-                a[q] += v * weights[q * span + t];
-                b[q] += w * weights[q * span + t];
+                a[q] += value.a * weights[q * span + t];
+                b[q] += value.b * weights[q * span + t];
             }
         }
         for (int q = 0; q < Queries; ++q) store(sums + q * dim + d, a[q]), store(sums + q * dim + d + lanes, b[q]);
@@ -173,24 +179,32 @@ inline void add_values(const float* weights, const float* kept, const Rows<Value
 }
 
 template <class Value>
-inline void add_group_values(const float* weights, const float* kept, const Rows<Value>& rows, const Rows<Value>& keys,
-                             int64_t key_dim, int64_t group, int64_t dim, float* sums) {
-    const Rows<Value> none{};
+inline void add_group_values(const float* weights, const float* kept, const Rows<Value>& rows, const Ahead<Value>& all,
+                             int64_t group, int64_t dim, float* sums) {
     for (int64_t g = 0; g < group;) {
-        const Rows<Value>& ahead = g == 0 ? keys : none;
+        const Ahead<Value>* ahead = g == 0 ? &all : nullptr;
         if (group - g >= 4)
-            add_values<4>(weights + g * span, kept + g, rows, ahead, key_dim, dim, sums + g * dim), g += 4;
+            add_values<4>(weights + g * span, kept + g, rows, ahead, dim, sums + g * dim), g += 4;
         else if (group - g >= 2)
-            add_values<2>(weights + g * span, kept + g, rows, ahead, key_dim, dim, sums + g * dim), g += 2;
+            add_values<2>(weights + g * span, kept + g, rows, ahead, dim, sums + g * dim), g += 2;
         else
-            add_values<1>(weights + g * span, kept + g, rows, ahead, key_dim, dim, sums + g * dim), g += 1;
+            add_values<1>(weights + g * span, kept + g, rows, ahead, dim, sums + g * dim), g += 1;
     }
 }
 
+// Value d of a row of `dim`, where whole pairs of vectors are laid out as `load_pair` gives them.
+template <class Value>
+inline int64_t place_in_row(int64_t d, int64_t dim) {
+    const int64_t pair = d / (2 * lanes) * (2 * lanes);
+    return pair + 2 * lanes <= dim ? pair + place<Value>(d - pair) : d;
+}
+
+// A query in float32, laid out as the keys are read.
+template <class Value>
 inline void read_query(const hashattention::Attention& a, int64_t request, int64_t head, float* out) {
     const int64_t at = request * a.query_request_stride + head * a.query_head_stride;
     const auto copy = [&](auto* from) {
-        for (int64_t d = 0; d < a.key.dim; ++d) out[d] = widen(from[at + d]);
+        for (int64_t d = 0; d < a.key.dim; ++d) out[d] = widen(from[at + place_in_row<Value>(d, a.key.dim)]);
     };
     if (a.query_dtype == hashattention::Dtype::float32) copy(static_cast<const float*>(a.query));
     if (a.query_dtype == hashattention::Dtype::bfloat16) copy(static_cast<const bfloat16*>(a.query));
@@ -213,34 +227,31 @@ void attend_part(const hashattention::Attention& a, int64_t row, int64_t first, 
     float* logits = query + group * a.key.dim;
     float* kept = logits + group * span;
     for (int64_t g = 0; g < group; ++g) {
-        read_query(a, request, selection_head * group + g, query + g * a.key.dim);
+        read_query<Value>(a, request, selection_head * group + g, query + g * a.key.dim);
         states[g] = {-INFINITY, 0};
     }
     std::memset(sums, 0, static_cast<size_t>(group * a.value.dim) * 4);
     const int32_t* indices = a.indices + row * a.slots + first;
-    // Fetched ahead of use by more than the latency of memory and a page walk: the values of the next span while keys
-    // are multiplied, the keys of the one after it while values are added.
-    Rows<Value> keys[3], values[2];
-    const auto find = [&](const hashattention::Cache& cache, int64_t done, Rows<Value>& rows) {
-        find_rows(a, cache, request, kv_head, indices + done, clamp(count - done, 0, span), rows);
+    // Fetched a span ahead of use: more than the latency of memory and a page walk.
+    Rows<Value> keys[2], values[2];
+    const auto find = [&](int64_t done, int64_t turn) {
+        const int64_t some = clamp(count - done, 0, span);
+        find_rows(a, a.key, request, kv_head, indices + done, some, keys[turn % 2]);
+        find_rows(a, a.value, request, kv_head, indices + done, some, values[turn % 2]);
+        return Ahead<Value>{keys + turn % 2, values + turn % 2, a.key.dim, a.value.dim};
     };
-    const auto fetch = [](const Rows<Value>& rows, int64_t dim) {
-        for (int64_t i = 0; i < rows.count; ++i) prefetch(rows.at[i], dim);
-    };
-    find(a.key, 0, keys[0]), fetch(keys[0], a.key.dim);
-    find(a.value, 0, values[0]), fetch(values[0], a.value.dim);
-    find(a.key, span, keys[1]), fetch(keys[1], a.key.dim);
+    const Ahead<Value> first_rows = find(0, 0);
+    for (int64_t row = 0; row < 2 * span; ++row) first_rows.fetch(row);
     for (int64_t done = 0, turn = 0; done < count; done += span, ++turn) {
-        const Rows<Value>&now = keys[turn % 3], &next_values = values[(turn + 1) % 2], &later = keys[(turn + 2) % 3];
-        find(a.value, done + span, values[(turn + 1) % 2]);
-        find(a.key, done + 2 * span, keys[(turn + 2) % 3]);
-        make_group_logits(query, group, a.key.dim, now, next_values, a.value.dim, logits);
+        const Rows<Value>&now = keys[turn % 2], &now_values = values[turn % 2];
+        const Ahead<Value> ahead = find(done + span, turn + 1);
+        make_group_logits(query, group, a.key.dim, now, ahead, logits);
         for (int64_t g = 0; g < group; ++g) kept[g] = step_softmax(a, logits + g * span, now.count, states[g]);
-        add_group_values(logits, kept, values[turn % 2], later, a.key.dim, group, a.value.dim, sums);
+        add_group_values(logits, kept, now_values, ahead, group, a.value.dim, sums);
     }
 }
 
-template <class Out>
+template <class Value, class Out>
 void finish_query(const Softmax* states, const float* sums, int64_t parts, int64_t state_step, int64_t sum_step,
                   int64_t dim, Out* out, float* logsumexp) {
     float largest = -INFINITY, total = 0;
@@ -257,20 +268,21 @@ void finish_query(const Softmax* states, const float* sums, int64_t parts, int64
             const Softmax& state = states[p * state_step];
             sum += sums[p * sum_step + d] * (state.largest == -INFINITY ? 1 : expf(state.largest - base));
         }
-        narrow(sum / total, out + d);
+        narrow(sum / total, out + place_in_row<Value>(d, dim));
     }
     *logsumexp = base + logf(total);
 }
 
 // Writes the output of one selection head from the states and sums of its parts.
-inline void finish_row(const hashattention::Attention& a, int64_t row, int64_t parts, const Softmax* states,
+template <class Value>
+void finish_row(const hashattention::Attention& a, int64_t row, int64_t parts, const Softmax* states,
                        const float* sums) {
     const int64_t group = a.query_heads / a.selection_heads, dim = a.value.dim;
     for (int64_t g = 0; g < group; ++g) {
         const int64_t head = row * group + g;
         const auto finish = [&](auto* out) {
             if (a.counts[row] > 0) {
-                finish_query(states + g, sums + g * dim, parts, group, group * dim, dim, out + head * dim,
+                finish_query<Value>(states + g, sums + g * dim, parts, group, group * dim, dim, out + head * dim,
                              a.logsumexp + head);
                 return;
             }
@@ -288,6 +300,46 @@ inline float* parts_sums_room(int64_t count) {
     return scratch.room<float>(count);
 }
 
+// The whole of one selection head, by the calling thread.
+template <class Value>
+void attend_row(const hashattention::Attention& a, int64_t row) {
+    const int64_t group = a.query_heads / a.selection_heads;
+    float* own = parts_sums_room(group * (a.value.dim + 2));
+    Softmax* states = reinterpret_cast<Softmax*>(own);
+    float* sums = own + 2 * group;
+    attend_part<Value>(a, row, 0, clamp(a.counts[row], 0, a.slots), states, sums);
+    finish_row<Value>(a, row, 1, states, sums);
+}
+
+inline void attend_row(const hashattention::Attention& a, int64_t row) {
+    if (a.cache_dtype == hashattention::Dtype::float32) attend_row<float>(a, row);
+    if (a.cache_dtype == hashattention::Dtype::bfloat16) attend_row<bfloat16>(a, row);
+    if (a.cache_dtype == hashattention::Dtype::float16) attend_row<float16>(a, row);
+}
+
+template <class Value>
+void attend_in_parts(const hashattention::Attention& a, int64_t parts, int threads) {
+    const int64_t rows = a.batch * a.selection_heads, group = a.query_heads / a.selection_heads;
+    const int64_t item_floats = group * (a.value.dim + 2);
+    float* shared = parts_sums_room(rows * parts * item_floats);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t item = 0; item < rows * parts; ++item) {
+        const int64_t row = item / parts, part = item % parts;
+        const int64_t used = clamp(a.counts[row], 0, a.slots);
+        const int64_t size = ((used + parts - 1) / parts + span - 1) / span * span;
+        const int64_t first = part * size < used ? part * size : used;
+        const int64_t count = used - first < size ? used - first : size;
+        float* own = shared + row * parts * item_floats;
+        Softmax* states = reinterpret_cast<Softmax*>(own);
+        attend_part<Value>(a, row, first, count, states + part * group,
+                           own + parts * group * 2 + part * group * a.value.dim);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* own = shared + row * parts * item_floats;
+        finish_row<Value>(a, row, parts, reinterpret_cast<const Softmax*>(own), own + parts * group * 2);
+    }
+}
+
 // Rows are spread over threads; where rows are fewer, each is cut into `parts` that are merged at the end.
 template <class Value>
 void attend_rows(const hashattention::Attention& a) {
@@ -296,25 +348,9 @@ void attend_rows(const hashattention::Attention& a) {
     const int64_t bytes = rows * a.slots * (a.key.dim + a.value.dim) * static_cast<int64_t>(sizeof(Value));
     const int threads = threads_for(bytes);
     const int64_t parts = rows >= threads ? 1 : clamp((threads + rows - 1) / rows, 1, (a.slots + span - 1) / span);
-    const int64_t item_floats = group * (a.value.dim + 2);
-    float* shared = parts_sums_room((parts > 1 ? rows * parts : threads) * item_floats);
+    if (parts > 1) return attend_in_parts<Value>(a, parts, threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t item = 0; item < rows * parts; ++item) {
-        const int64_t row = item / parts, part = item % parts;
-        const int64_t used = clamp(a.counts[row], 0, a.slots);
-        const int64_t size = ((used + parts - 1) / parts + span - 1) / span * span;
-        const int64_t first = part * size < used ? part * size : used;
-        const int64_t count = used - first < size ? used - first : size;
-        float* own = parts > 1 ? shared + row * parts * item_floats : parts_sums_room(item_floats);
-        Softmax* states = reinterpret_cast<Softmax*>(own);
-        float* sums = own + parts * group * 2;
-        attend_part<Value>(a, row, first, count, states + part * group, sums + part * group * a.value.dim);
-        if (parts == 1) finish_row(a, row, 1, states, sums);
-    }
-    for (int64_t row = 0; parts > 1 && row < rows; ++row) {
-        const float* own = shared + row * parts * item_floats;
-        finish_row(a, row, parts, reinterpret_cast<const Softmax*>(own), own + parts * group * 2);
-    }
+    for (int64_t row = 0; row < rows; ++row) attend_row<Value>(a, row);
 }
 
 inline void attend(const hashattention::Attention& a) {

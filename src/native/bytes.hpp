@@ -43,6 +43,11 @@ inline Bytes load_words(const int32_t* p) {
 inline uint32_t at_least(const uint16_t* p, uint16_t least) {
     return _mm512_cmpge_epu16_mask(load(p), _mm512_set1_epi16(static_cast<int16_t>(least)));
 }
+// Adds 1 to sums[i] where 16-bit value i of the 32 at p is at least `least`.
+inline void add_at_least(const uint16_t* p, uint16_t least, uint16_t* sums) {
+    const __mmask32 hits = at_least(p, least);
+    store(sums, _mm512_sub_epi16(load(sums), _mm512_movm_epi16(hits)));
+}
 
 #elif defined(__AVX2__)
 
@@ -78,6 +83,13 @@ inline uint32_t at_least(const uint16_t* p, uint16_t least) {
     const Bytes both = _mm256_permute4x64_epi64(_mm256_packs_epi16(first, second), 0xd8);
     return static_cast<uint32_t>(_mm256_movemask_epi8(both));
 }
+inline void add_at_least(const uint16_t* p, uint16_t least, uint16_t* sums) {
+    const Bytes limit = _mm256_set1_epi16(static_cast<int16_t>(least));
+    for (int half = 0; half < 32; half += 16) {
+        const Bytes a = load(p + half);
+        store(sums + half, _mm256_sub_epi16(load(sums + half), _mm256_cmpeq_epi16(_mm256_max_epu16(a, limit), a)));
+    }
+}
 
 #else
 
@@ -88,6 +100,9 @@ inline uint32_t at_least(const uint16_t* p, uint16_t least) {
     uint32_t mask = 0;
     for (int i = 0; i < 32; ++i) mask |= static_cast<uint32_t>(p[i] >= least) << i;
     return mask;
+}
+inline void add_at_least(const uint16_t* p, uint16_t least, uint16_t* sums) {
+    for (int i = 0; i < 32; ++i) sums[i] = static_cast<uint16_t>(sums[i] + (p[i] >= least));
 }
 
 #endif

@@ -112,6 +112,18 @@ inline float* run_stages(const hashattention::Encoding& e, int64_t head, float* 
     return x;
 }
 
+// Row r of one head in float32.
+inline void read_row(const hashattention::Encoding& e, int64_t r, int64_t head, float* out) {
+    const int64_t inputs = e.stage[0].inputs;
+    const int64_t at = r / e.tokens * e.request_stride + (head * e.tokens + r % e.tokens) * inputs;
+    const auto copy = [&](auto* from) {
+        for (int64_t i = 0; i < inputs; ++i) out[i] = widen(from[at + i]);
+    };
+    if (e.input_dtype == hashattention::Dtype::float32) copy(static_cast<const float*>(e.input));
+    if (e.input_dtype == hashattention::Dtype::bfloat16) copy(static_cast<const bfloat16*>(e.input));
+    if (e.input_dtype == hashattention::Dtype::float16) copy(static_cast<const float16*>(e.input));
+}
+
 inline void encode(const hashattention::Encoding& e) {
     const int64_t rows = e.batch * e.tokens, bits = e.stage[e.stages - 1].outputs;
     int64_t widest = e.stage[0].inputs, weights = 0;
@@ -123,11 +135,7 @@ inline void encode(const hashattention::Encoding& e) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t head = 0; head < e.heads; ++head) {
         float* x = hidden_room(2 * rows * widest);
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t at = (r / e.tokens * e.heads + head) * e.tokens + r % e.tokens;
-            std::memcpy(x + r * e.stage[0].inputs, e.input + at * e.stage[0].inputs,
-                        static_cast<size_t>(e.stage[0].inputs) * 4);
-        }
+        for (int64_t r = 0; r < rows; ++r) read_row(e, r, head, x + r * e.stage[0].inputs);
         const float* logits = run_stages(e, head, x, x + rows * widest);
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t at = (r / e.tokens * e.heads + head) * e.tokens + r % e.tokens;

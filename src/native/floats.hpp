@@ -80,6 +80,34 @@ inline Floats load(const float16* p) {
     return value;
 #endif
 }
+
+// Two vectors of successive values, in whichever order is cheapest to make: place<Value>(i) says which value is lane i
+// of the two. Sums over a row do not care; what is laid out beside it must be laid out alike.
+struct Pair {
+    Floats a, b;
+};
+template <class Value>
+inline Pair load_pair(const Value* p) {
+    return {load(p), load(p + lanes)};
+}
+template <class Value>
+constexpr int64_t place(int64_t i) {
+    return i;
+}
+#if defined(__AVX2__)
+// A bfloat16 is the upper half of a float: the odd values are there already, the even ones a shift away.
+template <>
+inline Pair load_pair(const bfloat16* p) {
+    Ints both;
+    std::memcpy(&both, p, sizeof both);
+    return {(Floats)(both << 16), (Floats)(both & static_cast<int32_t>(0xffff0000))};
+}
+template <>
+constexpr int64_t place<bfloat16>(int64_t i) {
+    return i < lanes ? 2 * i : 2 * (i - lanes) + 1;
+}
+#endif
+
 inline void store(float* p, Floats value) { std::memcpy(p, &value, sizeof value); }
 inline Floats all(float value) { return value - Floats{}; }
 

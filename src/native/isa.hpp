@@ -6,3 +6,4 @@
 #include "score.hpp"
 #include "score_select.hpp"
 #include "select.hpp"
+#include "step.hpp"

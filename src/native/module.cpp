@@ -9,6 +9,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "kernels.hpp"
 
 namespace nb = nanobind;
@@ -77,6 +81,17 @@ Bounds make_bounds(uintptr_t start, uintptr_t end, uintptr_t budgets, uintptr_t 
             at<const uint8_t>(mask),  mask_stride,            capacity};
 }
 
+// Rows gathered from a long cache lie on as many pages as there are rows: with large ones the processor finds them all.
+void advise(uintptr_t address, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 2097152;
+    const uintptr_t first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
+    if (first < last) (void)madvise(at<void>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)address, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -108,18 +123,39 @@ NB_MODULE(_native, m) {
                        uintptr_t biases, int64_t bias_stride) {
             new (self) Stage{at<const void>(weights), weight_stride, inputs, outputs, at<const void>(biases), bias_stride};
         });
-    m.def("encode", [](uintptr_t input, int64_t batch, int64_t heads, int64_t tokens, const std::vector<Stage>& stages,
-                       int dtype, int levels, uintptr_t out, uintptr_t scales) {
-        if (stages.empty() || stages.size() > Encoding::most_stages) throw std::invalid_argument("1 to 4 stages");
-        Encoding e;
-        e.input = at<const float>(input);
-        e.batch = batch, e.heads = heads, e.tokens = tokens;
-        for (const Stage& stage : stages) e.stage[e.stages++] = stage;
-        e.dtype = static_cast<Dtype>(dtype), e.levels = levels;
-        e.out = at<void>(out), e.scales = at<float>(scales);
-        nb::gil_scoped_release release;
-        active.load()->encode(e);
-    });
+    nb::class_<Encoding>(m, "Encoding").def(
+        "__init__", [](Encoding* self, uintptr_t input, int input_dtype, int64_t request_stride, int64_t batch,
+                       int64_t heads, int64_t tokens, const std::vector<Stage>& stages, int dtype, int levels) {
+            if (stages.empty() || stages.size() > Encoding::most_stages) throw std::invalid_argument("1 to 4 stages");
+            Encoding* e = new (self) Encoding();
+            e->input = at<const void>(input), e->input_dtype = static_cast<Dtype>(input_dtype);
+            e->request_stride = request_stride, e->batch = batch, e->heads = heads, e->tokens = tokens;
+            for (const Stage& stage : stages) e->stage[e->stages++] = stage;
+            e->dtype = static_cast<Dtype>(dtype), e->levels = levels;
+        });
+    nb::class_<Attention>(m, "Attention").def(
+        "__init__",
+        [](Attention* self, uintptr_t query, int query_dtype, int64_t query_request_stride, int64_t query_head_stride,
+           int cache_dtype, int64_t batch, int64_t query_heads, int64_t kv_heads, int64_t selection_heads,
+           int64_t tokens, const Cache& key, const Cache& value, const Pages& pages, float scale, float softcap,
+           uintptr_t out, uintptr_t logsumexp) {
+            Attention* a = new (self) Attention();
+            a->query = at<const void>(query);
+            a->query_dtype = static_cast<Dtype>(query_dtype), a->cache_dtype = static_cast<Dtype>(cache_dtype);
+            a->query_request_stride = query_request_stride, a->query_head_stride = query_head_stride;
+            a->batch = batch, a->query_heads = query_heads, a->kv_heads = kv_heads;
+            a->selection_heads = selection_heads, a->tokens = tokens;
+            a->key = key, a->value = value, a->pages = pages;
+            a->scale = scale, a->softcap = softcap;
+            a->out = at<void>(out), a->logsumexp = at<float>(logsumexp);
+        });
+    m.def(
+        "encode",
+        [](Encoding e, uintptr_t out, uintptr_t scales) {
+            e.out = at<void>(out), e.scales = at<float>(scales);
+            active.load()->encode(e);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "pack",
         [](uintptr_t logits, int64_t rows, int64_t bits, uintptr_t words) {
@@ -145,21 +181,16 @@ NB_MODULE(_native, m) {
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "attend",
-        [](uintptr_t query, int query_dtype, int64_t query_request_stride, int64_t query_head_stride, int cache_dtype,
-           int64_t batch, int64_t query_heads, int64_t kv_heads, int64_t selection_heads, int64_t tokens, int64_t slots,
-           const Cache& key, const Cache& value, const Pages& pages, uintptr_t indices, uintptr_t counts, float scale,
-           float softcap, uintptr_t out, uintptr_t logsumexp) {
-            Attention a;
-            a.query = at<const void>(query);
-            a.query_dtype = static_cast<Dtype>(query_dtype), a.cache_dtype = static_cast<Dtype>(cache_dtype);
-            a.query_request_stride = query_request_stride, a.query_head_stride = query_head_stride;
-            a.batch = batch, a.query_heads = query_heads, a.kv_heads = kv_heads;
-            a.selection_heads = selection_heads, a.tokens = tokens, a.slots = slots;
-            a.key = key, a.value = value, a.pages = pages;
-            a.indices = at<const int32_t>(indices), a.counts = at<const int32_t>(counts);
-            a.scale = scale, a.softcap = softcap;
-            a.out = at<void>(out), a.logsumexp = at<float>(logsumexp);
+        [](Attention a, uintptr_t indices, uintptr_t counts, int64_t slots) {
+            a.indices = at<const int32_t>(indices), a.counts = at<const int32_t>(counts), a.slots = slots;
             active.load()->attend(a);
         },
         nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "decode",
+        [](const Encoding& e, const Codes& codes, const Bounds& bounds, const Attention& a) {
+            active.load()->decode(e, codes, bounds, a);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def("advise", &advise, "Ask for huge pages for whole ones in `bytes` from `address`; where there are none, nothing.");
 }

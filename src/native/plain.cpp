@@ -3,7 +3,8 @@
 #include "isa.hpp"
 
 namespace hashattention {
-const Kernels plain_kernels = {"plain",     hashattention_plain::encode,       hashattention_plain::pack,  hashattention_plain::score,
-                              hashattention_plain::select, hashattention_plain::score_select, hashattention_plain::attend};
+const Kernels plain_kernels = {
+    "plain", hashattention_plain::encode, hashattention_plain::pack,   hashattention_plain::score,
+    hashattention_plain::select, hashattention_plain::score_select, hashattention_plain::attend, hashattention_plain::decode};
 }
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "query.hpp"
+#include "rows.hpp"
 #include "scratch.hpp"
 
 namespace HASHATTENTION_ISA {
@@ -74,13 +75,15 @@ inline void load_keys(const int32_t* keys, int64_t words, int64_t word, Bytes (&
 }
 
 template <int Run, int Words>
-void agree_blocks(const Part& part, const int32_t* keys, int64_t words, int64_t blocks, uint16_t* out, bool add) {
+void agree_blocks(const Part& part, const int32_t* keys, int64_t words, int64_t blocks, uint16_t* out, bool add,
+                  Errand* errand) {
     // The processor's own prefetching stops at every page. An address past the end is never looked at.
     const int64_t bytes = 4 * block * words;
     for (int64_t i = 0; i < blocks; ++i, keys += block * words, out += block) {
         const uintptr_t next = reinterpret_cast<uintptr_t>(keys) + 8192;
         for (int64_t line = 0; line < bytes; line += 64)
             __builtin_prefetch(reinterpret_cast<const void*>(next + static_cast<uintptr_t>(line)));
+        if (errand != nullptr) errand->step();
         Bytes even = zero(), odd = zero();
         for (int64_t word = 0; word < words; word += 2) {
             Bytes r[8], plane[8];
@@ -99,42 +102,46 @@ void agree_blocks(const Part& part, const int32_t* keys, int64_t words, int64_t 
 }
 
 template <int Run>
-void agree_words(const Part& part, const int32_t* keys, int64_t words, int64_t blocks, uint16_t* out, bool add) {
+void agree_words(const Part& part, const int32_t* keys, int64_t words, int64_t blocks, uint16_t* out, bool add,
+                 Errand* errand) {
     if (words == 1)
-        agree_blocks<Run, 1>(part, keys, words, blocks, out, add);
+        agree_blocks<Run, 1>(part, keys, words, blocks, out, add, errand);
     else if (words == 2)
-        agree_blocks<Run, 2>(part, keys, words, blocks, out, add);
+        agree_blocks<Run, 2>(part, keys, words, blocks, out, add, errand);
     else
-        agree_blocks<Run, 0>(part, keys, words, blocks, out, add);
+        agree_blocks<Run, 0>(part, keys, words, blocks, out, add, errand);
 }
 
-inline void agree_whole(const Part& part, const int32_t* keys, int64_t words, int64_t blocks, uint16_t* out, bool add) {
+inline void agree_whole(const Part& part, const int32_t* keys, int64_t words, int64_t blocks, uint16_t* out, bool add,
+                        Errand* errand) {
     if (part.largest <= 31)
-        agree_words<8>(part, keys, words, blocks, out, add);
+        agree_words<8>(part, keys, words, blocks, out, add, errand);
     else if (part.largest <= 127)
-        agree_words<2>(part, keys, words, blocks, out, add);
+        agree_words<2>(part, keys, words, blocks, out, add, errand);
     else if (part.largest <= 255)
-        agree_words<1>(part, keys, words, blocks, out, add);
+        agree_words<1>(part, keys, words, blocks, out, add, errand);
     else
-        agree_words<0>(part, keys, words, blocks, out, add);
+        agree_words<0>(part, keys, words, blocks, out, add, errand);
 }
 
 // Agreements of `count` successive keys, written to or added to `out`.
-inline void agree_run(const Part& part, const int32_t* keys, int64_t words, int64_t count, uint16_t* out, bool add) {
+inline void agree_run(const Part& part, const int32_t* keys, int64_t words, int64_t count, uint16_t* out, bool add,
+                      Errand* errand) {
     const int64_t whole = count / block, rest = count % block;
-    agree_whole(part, keys, words, whole, out, add);
+    agree_whole(part, keys, words, whole, out, add, errand);
     if (rest == 0) return;
     int32_t padded[block * 8] = {};
     uint16_t agreement[block];
     std::memcpy(padded, keys + whole * block * words, static_cast<size_t>(rest * words) * 4);
-    agree_whole(part, padded, words, 1, agreement, false);
+    agree_whole(part, padded, words, 1, agreement, false, nullptr);
     out += whole * block;
     for (int64_t i = 0; i < rest; ++i) out[i] = static_cast<uint16_t>(add ? out[i] + agreement[i] : agreement[i]);
 }
 
 #else
 
-inline void agree_run(const Part& part, const int32_t* keys, int64_t words, int64_t count, uint16_t* out, bool add) {
+inline void agree_run(const Part& part, const int32_t* keys, int64_t words, int64_t count, uint16_t* out, bool add,
+                      Errand*) {
     for (int64_t i = 0; i < count; ++i, keys += words) {
         uint32_t sum = add ? out[i] : 0;
         for (int64_t w = 0; w < words; ++w) {
@@ -147,21 +154,22 @@ inline void agree_run(const Part& part, const int32_t* keys, int64_t words, int6
 
 #endif
 
-// Agreements of tokens first .. first + count of one selection head; the query's bound must fit 16 bits.
+// Agreements of tokens first .. first + count of one selection head; the query's bound must fit 16 bits. The errand is
+// run a step a block of keys.
 inline void agree(const hashattention::Codes& codes, const Query& query, int64_t request, int64_t first, int64_t count,
-                  uint16_t* out) {
+                  uint16_t* out, Errand* errand = nullptr) {
     for (int64_t p = 0; p < query.count; ++p) {
         const Part& part = query.parts[p];
         const Signatures keys(codes, request, part.signature_head);
         if (!keys.paged()) {
-            agree_run(part, keys.at(first), codes.words, count, out, p > 0);
+            agree_run(part, keys.at(first), codes.words, count, out, p > 0, p == 0 ? errand : nullptr);
             continue;
         }
         int32_t staged[256 * 8];
         for (int64_t done = 0; done < count; done += 256) {
             const int64_t some = count - done < 256 ? count - done : 256;
             keys.copy(first + done, some, staged);
-            agree_run(part, staged, codes.words, some, out + done, p > 0);
+            agree_run(part, staged, codes.words, some, out + done, p > 0, p == 0 ? errand : nullptr);
         }
     }
 }

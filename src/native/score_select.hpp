@@ -22,20 +22,24 @@ inline int32_t* scores_room(int64_t count) {
 
 // Agreements of tokens first .. first + count, and how often each value occurs (four histograms, merged into the first).
 inline void agree_and_count(const hashattention::Codes& codes, const Query& query, int64_t request, const Row& row,
-                            int64_t first, int64_t count, uint16_t* values, uint32_t* histogram) {
+                            int64_t first, int64_t count, uint16_t* values, uint32_t* histogram,
+                            Errand* errand = nullptr) {
     const int64_t bins = query.bound + 1;
     std::memset(histogram, 0, static_cast<size_t>(4 * bins) * 4);
     for (int64_t done = 0; done < count; done += chunk) {
         const int64_t some = count - done < chunk ? count - done : chunk;
-        agree(codes, query, request, first + done, some, values + done);
+        agree(codes, query, request, first + done, some, values + done, errand);
         const uint8_t* mask = row.mask == nullptr ? nullptr : row.mask + first + done;
         count_values(values + done, some, mask, histogram, bins);
     }
     merge_histograms(histogram, bins);
 }
 
+// From so many tokens on a few counts of all cost less than a histogram.
+constexpr int64_t long_row = 8192;
+
 inline int32_t* take_heavy(const hashattention::Codes& codes, const Query& query, int64_t request, const Row& row,
-                           int32_t* out) {
+                           int32_t* out, Errand* errand = nullptr) {
     const int64_t count = row.high - row.low;
     if (query.bound > most_agreement) {
         int32_t* scores = scores_room(row.high);
@@ -43,9 +47,16 @@ inline int32_t* take_heavy(const hashattention::Codes& codes, const Query& query
         return take_scored(row, scores, histogram_room(65536), out);
     }
     uint16_t* values = values_room(count);
-    uint32_t* histogram = histogram_room(4 * (query.bound + 1));
-    agree_and_count(codes, query, request, row, row.low, count, values, histogram);
-    const Cut cut = find_cut(histogram, query.bound + 1, row.heavy);
+    const int64_t bins = query.bound + 1;
+    uint32_t* histogram = histogram_room(4 * bins);
+    Cut cut;
+    if (row.mask == nullptr && count >= long_row) {
+        agree(codes, query, request, row.low, count, values, errand);
+        cut = search_cut(values, count, histogram, bins, row.heavy);
+    } else {
+        agree_and_count(codes, query, request, row, row.low, count, values, histogram, errand);
+        cut = find_cut(histogram, bins, row.heavy);
+    }
     const uint8_t* mask = row.mask == nullptr ? nullptr : row.mask + row.low;
     return take_best(values, count, row.low, mask, cut, row.heavy, out);
 }
@@ -110,6 +121,19 @@ inline int32_t* take_heavy_together(const hashattention::Codes& codes, const Que
     return out + row.heavy;
 }
 
+// One row, by `threads` threads together or, of one, with an errand on the way.
+inline void select_row(const hashattention::Codes& codes, const hashattention::Bounds& bounds,
+                       const hashattention::Chosen& chosen, int64_t r, int threads, Errand* errand = nullptr) {
+    const int64_t request = r / codes.selection_heads;
+    const Row row = plan_row(bounds, request, bounds.budgets + 3 * r, codes.tokens);
+    const auto heavy = [&](int32_t* out) {
+        const Query query = make_query(codes, request, r % codes.selection_heads, parts_room(codes));
+        if (threads > 1) return take_heavy_together(codes, query, request, row, threads, out);
+        return take_heavy(codes, query, request, row, out, errand);
+    };
+    write_row(row, bounds.capacity, chosen.indices + r * bounds.capacity, chosen.counts + r, heavy);
+}
+
 inline void score_select(const hashattention::Codes& codes, const hashattention::Bounds& bounds,
                          const hashattention::Chosen& chosen) {
     const int64_t rows = codes.batch * codes.selection_heads;
@@ -117,16 +141,7 @@ inline void score_select(const hashattention::Codes& codes, const hashattention:
     const bool together = rows < threads;
     const int across = together ? 1 : threads;
 #pragma omp parallel for schedule(dynamic) num_threads(across) if (across > 1)
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t request = r / codes.selection_heads;
-        const Row row = plan_row(bounds, request, bounds.budgets + 3 * r, codes.tokens);
-        const auto heavy = [&](int32_t* out) {
-            const Query query = make_query(codes, request, r % codes.selection_heads, parts_room(codes));
-            if (together) return take_heavy_together(codes, query, request, row, threads, out);
-            return take_heavy(codes, query, request, row, out);
-        };
-        write_row(row, bounds.capacity, chosen.indices + r * bounds.capacity, chosen.counts + r, heavy);
-    }
+    for (int64_t r = 0; r < rows; ++r) select_row(codes, bounds, chosen, r, together ? threads : 1);
 }
 
 }  // namespace HASHATTENTION_ISA

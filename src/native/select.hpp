@@ -86,7 +86,70 @@ inline void merge_histograms(uint32_t* histogram, int64_t bins) {
         histogram[i] += histogram[bins + i] + histogram[2 * bins + i] + histogram[3 * bins + i];
 }
 
-// Writes the tokens `first` + i of the values at or above the cut, at most `wanted`, ascending. The values are readable
+// How many of the values are at least each of four levels.
+inline void count_at_least(const uint16_t* values, int64_t count, const int64_t (&levels)[4], int64_t (&found)[4]) {
+    for (int n = 0; n < 4; ++n) found[n] = 0;
+    // 16-bit lanes count a run at a time; sums of fewer than 65536 fit each.
+    constexpr int64_t run = 32768, wide = 32;
+    for (int64_t first = 0; first < count; first += run) {
+        const int64_t last = count - first < run ? count : first + run;
+        uint16_t sums[4][wide] = {};
+        int64_t i = first;
+        for (; i + wide <= last; i += wide)
+            for (int n = 0; n < 4; ++n) add_at_least(values + i, static_cast<uint16_t>(levels[n]), sums[n]);
+        for (int n = 0; n < 4; ++n) {
+            for (int64_t t = i; t < last; ++t) found[n] += values[t] >= levels[n];
+            for (int64_t lane = 0; lane < wide; ++lane) found[n] += sums[n][lane];
+        }
+    }
+}
+
+// The cut of `wanted` values out of more, without a histogram of all: a sample says where to look, exact counts decide.
+inline Cut search_cut(const uint16_t* values, int64_t count, uint32_t* histogram, int64_t bins, int64_t wanted) {
+    constexpr int64_t samples = 4096;
+    std::memset(histogram, 0, static_cast<size_t>(bins) * 4);
+    const int64_t step = (count + samples - 1) / samples, taken = (count + step - 1) / step;
+    for (int64_t i = 0; i < count; i += step) ++histogram[values[i]];
+    const int64_t guess = find_cut(histogram, bins, clamp(wanted * taken / count, 1, taken)).level;
+    // At least `low` there are `enough` >= wanted values, at least `high` fewer than wanted.
+    int64_t low = 0, high = bins, enough = count, levels[4], found[4];
+    for (int n = 0; n < 4; ++n) levels[n] = clamp(guess - 1 + n, 0, bins - 1);
+    while (true) {
+        count_at_least(values, count, levels, found);
+        for (int n = 0; n < 4; ++n) {
+            if (found[n] >= wanted && levels[n] >= low) low = levels[n], enough = found[n];
+            if (found[n] < wanted && levels[n] < high) high = levels[n];
+        }
+        if (high - low == 1) return {low, enough - wanted};
+        for (int n = 0; n < 4; ++n) levels[n] = low + (high - low) * (n + 1) / 5;
+    }
+}
+
+// The bits of a group of 32 values whose token may be attended.
+inline uint32_t valid_bits(const uint8_t* mask, int64_t count) {
+    uint32_t bits = count < 32 ? (1u << count) - 1 : 0xffffffffu;
+    for (int64_t i = 0; mask != nullptr && i < 32 && i < count; ++i) bits &= ~(static_cast<uint32_t>(mask[i] == 0) << i);
+    return bits;
+}
+
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
+// Writes `first` + i for the set bits, ascending; four at a time where there is room, as a guess costs more than a store.
+inline int32_t* write_bits(uint32_t bits, int64_t first, const int32_t* full, int32_t* out) {
+    if (full - out < 36) {
+        for (; bits != 0; bits &= bits - 1) *out++ = static_cast<int32_t>(first + __builtin_ctz(bits));
+        return out;
+    }
+    int32_t* const end = out + count_bits(bits);
+    do {
+        for (int n = 0; n < 4; ++n, bits &= bits - 1)
+            out[n] = static_cast<int32_t>(first + __builtin_ctz(bits | 0x80000000u));
+        out += 4;
+    } while (bits != 0);
+    return end;
+}
+
+// Writes the tokens `first` + i of the values at or above the cut, exactly `wanted`, ascending. The values are readable
 // to the next multiple of 32.
 inline int32_t* take_best(const uint16_t* values, int64_t count, int64_t first, const uint8_t* mask, Cut cut,
                           int64_t wanted, int32_t* out) {
@@ -95,18 +158,18 @@ inline int32_t* take_best(const uint16_t* values, int64_t count, int64_t first, 
     int64_t equal = 0;
     for (int64_t i = 0; i < count; i += 32) {
         uint32_t hits = at_least(values + i, level);
-        if (hits == 0) continue;
-        if (count - i < 32) hits &= (1u << (count - i)) - 1;
-        for (; hits != 0; hits &= hits - 1) {
-            const int64_t at = i + __builtin_ctz(hits);
-            if (mask != nullptr && mask[at] == 0) continue;
-            // Also from here on nothing can be taken, and the next slot may be another thread's.
-            if (out == full) return out;
-            const bool tie = values[at] == level;
-            *out = static_cast<int32_t>(first + at);
-            out += !tie || equal >= cut.skip;
-            equal += tie;
+        const uint32_t above = level == 65535 ? 0 : at_least(values + i, static_cast<uint16_t>(level + 1));
+        if (count - i < 32 || mask != nullptr) hits &= valid_bits(mask == nullptr ? mask : mask + i, count - i);
+        uint32_t ties = hits & ~above;
+        const int64_t before = equal;
+        equal += count_bits(ties);
+        if (equal <= cut.skip) {
+            hits &= above;
+        } else {
+            // Ties from number `skip` on are taken.
+            for (int64_t n = before; n < cut.skip; ++n) hits &= ~(ties & (~ties + 1)), ties &= ties - 1;
         }
+        out = write_bits(hits, first + i, full, out);
     }
     return out;
 }

@@ -39,7 +39,7 @@ static void check_score_select() {
     codes.selection_heads = draw(0, 1) ? codes.heads : codes.signature_heads;
     codes.words = draw(1, 8);
     const int64_t size = draw(1, 40), per_row = draw(1, 40);
-    codes.tokens = draw(0, 1) ? size * per_row : draw(1, 5000);
+    codes.tokens = draw(0, 1) ? size * per_row : draw(1, 12000);
     const bool paged = codes.tokens == size * per_row;
     const int64_t pages = codes.batch * per_row + 1, bits = 32 * codes.words;
     const int64_t rows = codes.batch * codes.selection_heads, capacity = draw(1, codes.tokens + 3);
@@ -174,7 +174,7 @@ static void check_encode() {
     std::unique_ptr<int8_t[]> code(new int8_t[rows * bits]);
     std::unique_ptr<int32_t[]> words(new int32_t[rows * bits / 32]);
     std::unique_ptr<float[]> scales(new float[rows]);
-    e.input = input.get(), e.scales = scales.get();
+    e.input = input.get(), e.request_stride = e.heads * e.tokens * widths[0], e.scales = scales.get();
     e.out = e.levels > 0 ? static_cast<void*>(code.get()) : words.get();
     kernels::encode(e);
     for (int64_t row = 0; row < rows; ++row) {
@@ -205,11 +205,55 @@ static void check_encode() {
     expect(allocations == before, "encode allocates nothing the second time");
 }
 
+// The fused step against its parts, on rows long enough to be searched for their cut.
+static void check_decode() {
+    const int64_t words = draw(1, 3), tokens = draw(0, 2) ? draw(1, 9000) : draw(8192, 20000), capacity = draw(1, 300);
+    Encoding e;
+    e.batch = draw(1, 2), e.heads = draw(1, 3), e.tokens = 1, e.stages = 1, e.levels = static_cast<int>(draw(0, 1) * 7);
+    const int64_t inputs = draw(1, 40), bits = 32 * words, rows = e.batch * e.heads;
+    auto input = fill<float>(rows * inputs, -9, 9), weights = fill<float>(e.heads * inputs * bits, -9, 9);
+    auto biases = fill<float>(e.heads * bits, -9, 9);
+    e.input = input.get(), e.request_stride = e.heads * inputs;
+    e.stage[0] = {weights.get(), inputs * bits, inputs, bits, biases.get(), bits};
+    Codes codes;
+    codes.batch = e.batch, codes.heads = codes.signature_heads = codes.selection_heads = e.heads;
+    codes.words = words, codes.tokens = tokens;
+    auto signatures = fill<int32_t>(rows * tokens * words, INT32_MIN, INT32_MAX);
+    codes.signatures = signatures.get(), codes.head_stride = tokens * words, codes.request_stride = e.heads * tokens * words;
+    auto start = fill<int32_t>(e.batch, 0, tokens / 9), end = fill<int32_t>(e.batch, 0, tokens);
+    auto budgets = fill<int32_t>(rows * 3, 0, capacity);
+    const Bounds bounds{start.get(), end.get(), budgets.get(), nullptr, 0, capacity};
+    Attention a;
+    a.batch = e.batch, a.kv_heads = a.selection_heads = e.heads, a.query_heads = 2 * e.heads, a.tokens = tokens;
+    a.key.dim = draw(1, 40), a.value.dim = draw(1, 40);
+    auto query = fill<float>(2 * rows * a.key.dim, -2, 2);
+    auto key = fill<float>(rows * tokens * a.key.dim, -2, 2), value = fill<float>(rows * tokens * a.value.dim, -2, 2);
+    a.query = query.get(), a.query_head_stride = a.key.dim, a.query_request_stride = a.key.dim * a.query_heads;
+    a.key = {key.get(), e.heads * tokens * a.key.dim, tokens * a.key.dim, a.key.dim, a.key.dim};
+    a.value = {value.get(), e.heads * tokens * a.value.dim, tokens * a.value.dim, a.value.dim, a.value.dim};
+    std::unique_ptr<float[]> out(new float[2 * rows * a.value.dim]), again(new float[2 * rows * a.value.dim]);
+    std::unique_ptr<float[]> logsumexp(new float[2 * rows]), scales(new float[rows]);
+    a.out = out.get(), a.logsumexp = logsumexp.get();
+    kernels::decode(e, codes, bounds, a);
+    const long before = allocations;
+    kernels::decode(e, codes, bounds, a);
+    expect(allocations == before, "decode allocates nothing the second time");
+    std::unique_ptr<int32_t[]> code(new int32_t[rows * 8 * words]), indices(new int32_t[rows * capacity]);
+    std::unique_ptr<int32_t[]> counts(new int32_t[rows]);
+    e.out = code.get(), e.scales = scales.get(), codes.code = code.get(), codes.packed = e.levels == 0;
+    kernels::encode(e);
+    kernels::score_select(codes, bounds, {indices.get(), counts.get()});
+    a.indices = indices.get(), a.counts = counts.get(), a.slots = capacity, a.out = again.get();
+    kernels::attend(a);
+    expect(std::equal(out.get(), out.get() + 2 * rows * a.value.dim, again.get()), "decode = its parts");
+}
+
 int main() {
     __sanitizer_install_malloc_and_free_hooks([](const volatile void*, size_t) { ++allocations; },
                                               [](const volatile void*) {});
     for (int turn = 0; turn < 60; ++turn) check_score_select();
     for (int turn = 0; turn < 60; ++turn) check_encode();
+    for (int turn = 0; turn < 40; ++turn) check_decode();
     for (int turn = 0; turn < 15; ++turn) {
         check_attend<float>(Dtype::float32);
         check_attend<kernels::bfloat16>(Dtype::bfloat16);

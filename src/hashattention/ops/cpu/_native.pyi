@@ -30,18 +30,45 @@ class Stage:
         self, weights: int, weight_stride: int, inputs: int, outputs: int, biases: int, bias_stride: int, /
     ) -> None: ...
 
-def encode(
-    input: int,
-    batch: int,
-    heads: int,
-    tokens: int,
-    stages: list[Stage],
-    dtype: int,
-    levels: int,
-    out: int,
-    scales: int,
-    /,
-) -> None: ...
+class Encoding:
+    def __init__(
+        self,
+        input: int,
+        input_dtype: int,
+        request_stride: int,
+        batch: int,
+        heads: int,
+        tokens: int,
+        stages: list[Stage],
+        dtype: int,
+        levels: int,
+        /,
+    ) -> None: ...
+
+class Attention:
+    def __init__(
+        self,
+        query: int,
+        query_dtype: int,
+        query_request_stride: int,
+        query_head_stride: int,
+        cache_dtype: int,
+        batch: int,
+        query_heads: int,
+        kv_heads: int,
+        selection_heads: int,
+        tokens: int,
+        key: Cache,
+        value: Cache,
+        pages: Pages,
+        scale: float,
+        softcap: float,
+        out: int,
+        logsumexp: int,
+        /,
+    ) -> None: ...
+
+def encode(encoding: Encoding, out: int, scales: int, /) -> None: ...
 def pack(logits: int, rows: int, bits: int, words: int, /) -> None: ...
 def instruction_sets() -> list[str]: ...
 def active() -> str: ...
@@ -59,26 +86,6 @@ def select(
     /,
 ) -> None: ...
 def score_select(codes: Codes, bounds: Bounds, indices: int, counts: int, /) -> None: ...
-def attend(
-    query: int,
-    query_dtype: int,
-    query_request_stride: int,
-    query_head_stride: int,
-    cache_dtype: int,
-    batch: int,
-    query_heads: int,
-    kv_heads: int,
-    selection_heads: int,
-    tokens: int,
-    slots: int,
-    key: Cache,
-    value: Cache,
-    pages: Pages,
-    indices: int,
-    counts: int,
-    scale: float,
-    softcap: float,
-    out: int,
-    logsumexp: int,
-    /,
-) -> None: ...
+def attend(attention: Attention, indices: int, counts: int, slots: int, /) -> None: ...
+def decode(encoding: Encoding, codes: Codes, bounds: Bounds, attention: Attention, /) -> None: ...
+def advise(address: int, bytes: int, /) -> None: ...

@@ -31,15 +31,19 @@ def fits_encode(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> bool:
     return few and adjacent and flat and len(dtypes) == 1 and dtypes <= DTYPES.keys()
 
 
-def _encode(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels: int, out: Tensor, scales: Tensor) -> None:
-    x = x.float().contiguous()
+def _encoding(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels: int) -> _native.Encoding:
+    """The encode of rows whose heads, tokens and values are adjacent."""
     stages = [
         _native.Stage(w.data_ptr(), w.stride(0), w.shape[1], w.shape[2], b.data_ptr(), b.stride(0))
         for w, b in zip(weights, biases, strict=True)
     ]
-    batch, heads, tokens, _ = x.shape
-    dtype = DTYPES[weights[0].dtype]
-    _native.encode(x.data_ptr(), batch, heads, tokens, stages, dtype, levels, out.data_ptr(), scales.data_ptr())
+    given, kind = (x.data_ptr(), DTYPES[x.dtype], x.stride(0)), DTYPES[weights[0].dtype]
+    return _native.Encoding(*given, *x.shape[:3], stages, kind, levels)
+
+
+def _encode(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels: int, out: Tensor, scales: Tensor) -> None:
+    x = x.contiguous() if x.dtype in DTYPES else x.float().contiguous()
+    _native.encode(_encoding(x, weights, biases, levels), out.data_ptr(), scales.data_ptr())
 
 
 def encode_query(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels: int) -> tuple[Tensor, Tensor]:
@@ -103,39 +107,43 @@ def token_rows_adjacent(signatures: Tensor) -> bool:
 
 
 def _codes(
-    code: Tensor, signatures: Tensor, selection_heads: int, block_table: Tensor | None
-) -> tuple[_native.Codes, tuple[Tensor | None, ...]]:
-    """The codes as the kernels take them, and the tensors that must outlive the call."""
-    code = code.contiguous()
-    if not token_rows_adjacent(signatures):
-        signatures = signatures.contiguous()
-    table = None if block_table is None else block_table.contiguous()
-    batch, heads = code.shape[:2]
-    sizes = signatures.shape[1], selection_heads, signatures.shape[3], _tokens(signatures, table)
-    shape = _native.Shape(batch, heads, *sizes)
+    code: Tensor | None, heads: int, signatures: Tensor, selection_heads: int, table: Tensor | None
+) -> _native.Codes:
+    """The codes as the kernels take them: `code` contiguous (None: made on the way), `signatures` as `_adjacent` gives
+    them.
+    """
+    held = signatures.shape[0] if table is None else table.shape[0]
+    shape = _native.Shape(
+        held, heads, signatures.shape[1], selection_heads, signatures.shape[3], _tokens(signatures, table)
+    )
+    given = (0, False) if code is None else (code.data_ptr(), code.dtype == torch.int32)
     strides = signatures.stride(0), signatures.stride(1)
-    packed = code.dtype == torch.int32
-    codes = _native.Codes(code.data_ptr(), packed, shape, signatures.data_ptr(), *strides, _pages(signatures, table))
-    return codes, (code, signatures, table)
+    return _native.Codes(*given, shape, signatures.data_ptr(), *strides, _pages(signatures, table))
 
 
-def _bounds(
-    start: Tensor, end: Tensor, budgets: Tensor, capacity: int, mask: Tensor | None
-) -> tuple[_native.Bounds, tuple[Tensor | None, ...]]:
-    start, end, budgets = start.contiguous(), end.contiguous(), budgets.contiguous()
-    if mask is not None and mask.stride(-1) != 1:
-        mask = mask.contiguous()
+def _adjacent(signatures: Tensor) -> Tensor:
+    return signatures if token_rows_adjacent(signatures) else signatures.contiguous()
+
+
+def _bounds(start: Tensor, end: Tensor, budgets: Tensor, capacity: int, mask: Tensor | None) -> _native.Bounds:
     masked = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
-    bounds = _native.Bounds(start.data_ptr(), end.data_ptr(), budgets.data_ptr(), *masked, capacity)
-    return bounds, (start, end, budgets, mask)
+    return _native.Bounds(start.data_ptr(), end.data_ptr(), budgets.data_ptr(), *masked, capacity)
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    """The tensor contiguous; the caller keeps it alive while its address is used."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def _mask_rows(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
 
 
 def score(code: Tensor, signatures: Tensor, selection_heads: int, block_table: Tensor | None = None) -> Tensor:
     """As `reference.score`."""
-    codes, kept = _codes(code, signatures, selection_heads, block_table)
-    out = torch.empty(code.shape[0], selection_heads, _tokens(signatures, block_table), dtype=torch.int32)
-    _native.score(codes, out.data_ptr())
-    del kept
+    code, signatures, table = code.contiguous(), _adjacent(signatures), _flat(block_table)
+    out = torch.empty(code.shape[0], selection_heads, _tokens(signatures, table), dtype=torch.int32)
+    _native.score(_codes(code, code.shape[1], signatures, selection_heads, table), out.data_ptr())
     return out
 
 
@@ -143,13 +151,13 @@ def select(
     scores: Tensor, start: Tensor, end: Tensor, budgets: Tensor, capacity: int, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.select`."""
-    scores = scores.contiguous()
-    bounds, kept = _bounds(start, end, budgets, capacity, mask)
+    scores, mask = scores.contiguous(), _mask_rows(mask)
+    start, end, budgets = start.contiguous(), end.contiguous(), budgets.contiguous()
+    bounds = _bounds(start, end, budgets, capacity, mask)
     indices, counts = budgets.new_empty((*scores.shape[:2], capacity)), budgets.new_empty(scores.shape[:2])
     batch, heads, tokens = scores.shape
     real = scores.dtype == torch.float32
     _native.select(scores.data_ptr(), real, batch, heads, tokens, bounds, indices.data_ptr(), counts.data_ptr())
-    del kept
     return indices, counts
 
 
@@ -165,16 +173,33 @@ def score_select(
     levels: int = 127,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.score_select`; `levels` is not needed, the kernel reads the largest score off the code."""
-    codes, kept = _codes(code, signatures, budgets.shape[1], block_table)
-    bounds, also_kept = _bounds(start, end, budgets, capacity, mask)
+    code, signatures, table, mask = code.contiguous(), _adjacent(signatures), _flat(block_table), _mask_rows(mask)
+    start, end, budgets = start.contiguous(), end.contiguous(), budgets.contiguous()
+    codes = _codes(code, code.shape[1], signatures, budgets.shape[1], table)
+    bounds = _bounds(start, end, budgets, capacity, mask)
     indices, counts = budgets.new_empty((*budgets.shape[:2], capacity)), budgets.new_empty(budgets.shape[:2])
     _native.score_select(codes, bounds, indices.data_ptr(), counts.data_ptr())
-    del kept, also_kept
     return indices, counts
 
 
 def _cache(cache: Tensor) -> _native.Cache:
     return _native.Cache(cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2), cache.shape[3])
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, softcap: float, table: Tensor | None
+) -> tuple[_native.Attention, Tensor, Tensor]:
+    """Attention of `heads` selection heads as the kernels take it, its output and its logsumexp."""
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
+    logsumexp = q.new_empty(q.shape[:3], dtype=torch.float32)
+    query = q.data_ptr(), DTYPES[q.dtype], q.stride(0), q.stride(1), DTYPES[k.dtype]
+    sizes = q.shape[0], q.shape[1], k.shape[1], heads, _tokens(k, table)
+    caches = _cache(k), _cache(v), _pages(k, table)
+    return (
+        _native.Attention(*query, *sizes, *caches, scale, softcap, out.data_ptr(), logsumexp.data_ptr()),
+        out,
+        logsumexp,
+    )
 
 
 def attend(
@@ -188,18 +213,10 @@ def attend(
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.attend`."""
-    if q.stride(-1) != 1:
-        q = q.contiguous()
-    indices, counts = indices.contiguous(), counts.contiguous()
-    table = None if block_table is None else block_table.contiguous()
-    batch, query_heads = q.shape[:2]
-    out = q.new_empty((batch, query_heads, 1, v.shape[-1]))
-    logsumexp = q.new_empty((batch, query_heads, 1), dtype=torch.float32)
-    sizes = batch, query_heads, k.shape[1], indices.shape[1], _tokens(k, table), indices.shape[2]
-    caches = _cache(k), _cache(v), _pages(k, table)
-    query = q.data_ptr(), DTYPES[q.dtype], q.stride(0), q.stride(1), DTYPES[k.dtype]
-    rows, outputs = (indices.data_ptr(), counts.data_ptr()), (out.data_ptr(), logsumexp.data_ptr())
-    _native.attend(*query, *sizes, *caches, *rows, scale, softcap, *outputs)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    indices, counts, table = indices.contiguous(), counts.contiguous(), _flat(block_table)
+    attention, out, logsumexp = _attention(q, k, v, indices.shape[1], scale, softcap, table)
+    _native.attend(attention, indices.data_ptr(), counts.data_ptr(), indices.shape[2])
     return out, logsumexp
 
 
@@ -220,10 +237,27 @@ def decode(
     mask: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The whole sparse step: encode, score and select, attend."""
+    """The whole sparse step: encode, score and select, attend; one call where the encode kernel serves the map."""
     batch, query_heads, _, dim = q.shape
     heads = weights[0].shape[0]
-    x = q.reshape(batch, heads, 1, query_heads // heads * dim)
-    code = encode_query(x, weights, biases, levels)[0] if levels else encode_signature(x, weights, biases)
-    indices, counts = score_select(code, signatures, start, end, budgets, capacity, mask, block_table)
-    return attend(q, k, v, indices, counts, scale, softcap, block_table)
+    q = q.contiguous()
+    x = q.view(batch, heads, 1, query_heads // heads * dim)
+    if not fits_encode(x, weights, biases):
+        code = encode_query(x, weights, biases, levels)[0] if levels else encode_signature(x, weights, biases)
+        indices, counts = score_select(code, signatures, start, end, budgets, capacity, mask, block_table)
+        return attend(q, k, v, indices, counts, scale, softcap, block_table)
+    signatures, table, mask = _adjacent(signatures), _flat(block_table), _mask_rows(mask)
+    start, end, budgets = start.contiguous(), end.contiguous(), budgets.contiguous()
+    attention, out, logsumexp = _attention(q, k, v, budgets.shape[1], scale, softcap, table)
+    codes = _codes(None, heads, signatures, budgets.shape[1], table)
+    bounds = _bounds(start, end, budgets, capacity, mask)
+    _native.decode(_encoding(x, weights, biases, levels), codes, bounds, attention)
+    return out, logsumexp
+
+
+def advise(buffer: Tensor) -> None:
+    """Ask the system for huge pages behind a long buffer that is about to be filled; where it has none, nothing.
+
+    The selected rows of a long cache lie on as many small pages as there are rows, and each must be found.
+    """
+    _native.advise(buffer.data_ptr(), buffer.nbytes)
