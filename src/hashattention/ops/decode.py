@@ -225,7 +225,7 @@ def _launch(fused: Callable[..., Any], call: Call, *arguments: Any) -> tuple[Ten
 def _step(call: Call, new_key: NewKey) -> tuple[Tensor, Tensor]:
     """The step after the new key's signature: both in one function where a backend has it."""
     key, key_weights, key_biases = new_key
-    alike = [w.shape[2] for w in key_weights] == [w.shape[2] for w in call.weights]
+    alike = [(w.shape[2], w.dtype) for w in key_weights] == [(w.shape[2], w.dtype) for w in call.weights]
     fused = _find("decode_step", call, key_weights=key_weights) if alike else None
     if fused is not None:
         # Biases are added to float32 sums; adjacent maps are what the kernels read.

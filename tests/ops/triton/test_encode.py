@@ -42,6 +42,17 @@ def test_signature_bits_match(widths: tuple[int, ...], tokens: int, dtype: torch
     assert near.float().mean() < 0.05
 
 
+def test_blocks_of_many_rows(device: str) -> None:
+    """Enough rows for blocks of 64, the last one ragged, over request borders."""
+    weights, biases = make_map(8, (24, 40, 32), torch.float32, device)
+    x = torch.randn(3, 8, 381, 24, device=device)
+    near = reference.mlp(x, weights, biases).abs() <= unsure(x, weights, biases, torch.float32)
+    actual, expected = triton.encode_signature(x, weights, biases), reference.encode_signature(x, weights, biases)
+    differ = reference.unpack_bits(actual) != reference.unpack_bits(expected)
+    assert not (differ & ~near).any()
+    assert near.float().mean() < 0.05
+
+
 @pytest.mark.parametrize("levels", [1, 7, 127])
 @pytest.mark.parametrize("widths", SHAPES)
 def test_query_codes_match(widths: tuple[int, ...], levels: int, device: str) -> None:

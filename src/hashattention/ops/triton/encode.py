@@ -18,6 +18,8 @@ from torch import Tensor
 LAST_STAGE_BYTES = 65536
 #: Rows of a block where there are few, and of a prefill's.
 FEW, MANY = 16, 64
+#: Of the GPUs this was shaped for; a launch's shape may not depend on a query of the device.
+MULTIPROCESSORS = 132
 #: Hidden columns of one split at least, and splits at most.
 SPLIT_COLUMNS, MOST_SPLITS = 32, 8
 
@@ -264,11 +266,11 @@ def dot_type(x: Tensor, weight: Tensor) -> tl.dtype:
 
 def splits_of(hidden: int, programs: int) -> int:
     """Programs that share one block's hidden columns: enough for two a multiprocessor."""
-    return max(1, min(MOST_SPLITS, hidden // SPLIT_COLUMNS, 264 // programs))
+    return max(1, min(MOST_SPLITS, hidden // SPLIT_COLUMNS, 2 * MULTIPROCESSORS // programs))
 
 
 def tickets_of(rows: int, heads: int) -> int:
-    """int32 zeros that a launch of few rows needs; a multiple of 4, so that what lies behind them stays aligned."""
+    """int32 zeros a launch needs at most; a multiple of 4, so that what lies behind them stays aligned."""
     return triton.cdiv(triton.cdiv(rows, FEW) * heads, 4) * 4
 
 
@@ -319,7 +321,7 @@ def launch(
     """
     batch, heads, tokens, width = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
-    block = FEW if batch * tokens <= 4 * FEW else MANY
+    block = MANY if triton.cdiv(batch * tokens, MANY) * heads >= MULTIPROCESSORS else FEW
     blocks = triton.cdiv(batch * tokens, block)
     few = block == FEW and len(weights) > 1
     splits = splits_of(weights[0].shape[2], blocks * heads) if few else 1
