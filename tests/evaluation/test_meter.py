@@ -34,7 +34,7 @@ def observe(model, contexts, tail, *observers):
 
 def test_a_request_alone_is_what_the_recorder_says(model) -> None:
     context, tail = CONTEXTS[:1], TAIL[:1]
-    meter, recorder = observe(model, context, tail, Meter(88, 90, attention=True), Recorder(88))
+    meter, recorder = observe(model, context, tail, Meter(88, 90, attention=(0,)), Recorder(88))
     (reading,) = meter.readings()
     for layer, error in recorder.mean("error").items():
         assert reading.error[layer] == pytest.approx(error, rel=1e-5)
@@ -46,10 +46,10 @@ def test_a_request_alone_is_what_the_recorder_says(model) -> None:
 
 
 def test_requests_are_kept_apart(model) -> None:
-    (together,) = observe(model, CONTEXTS, TAIL, Meter(88, 1 << 20, attention=True))
+    (together,) = observe(model, CONTEXTS, TAIL, Meter(88, 1 << 20, attention=(0, 1)))
     for place, context in enumerate(CONTEXTS):
         since = len(context) + 1
-        (alone,) = observe(model, [context], TAIL[place : place + 1], Meter(since, 1 << 20, attention=True))
+        (alone,) = observe(model, [context], TAIL[place : place + 1], Meter(since, 1 << 20, attention=(0,)))
         one, other = together.readings()[place], alone.readings()[0]
         assert one.rows == pytest.approx(other.rows)
         assert one.error == pytest.approx(other.error, rel=1e-3)

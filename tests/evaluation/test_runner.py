@@ -93,9 +93,7 @@ def test_two_runs_give_the_same_rows(done, plan, small_model, byte_tokenizer, sm
 def test_a_batch_gives_the_rows_of_single_samples(
     done, plan, small_model, byte_tokenizer, small_maps, tmp_path: Path
 ) -> None:
-    together = run(
-        small_model, byte_tokenizer, dataclasses.replace(plan, batch_tokens=5000, marked=0), tmp_path, maps=small_maps
-    )
+    together = run(small_model, byte_tokenizer, dataclasses.replace(plan, batch_tokens=5000), tmp_path, maps=small_maps)
     for row, other in zip(done[1], together, strict=True):
         assert row.key == other.key
         assert row.answer == other.answer
@@ -103,6 +101,10 @@ def test_a_batch_gives_the_rows_of_single_samples(
         assert (row.logprob or 0.0) == pytest.approx(other.logprob or 0.0, rel=1e-3)
         assert row.error == pytest.approx(other.error, rel=1e-2)
         assert row.rows == other.rows
+    for one, other in zip(read_marked(done[0]), read_marked(tmp_path), strict=True):
+        assert one.pieces == other.pieces
+        for alone, batched in zip(one.readings, other.readings, strict=True):
+            assert alone.attention == pytest.approx(batched.attention, abs=2e-3)
 
 
 def test_an_interrupted_run_goes_on(done, plan, small_model, byte_tokenizer, small_maps, tmp_path: Path) -> None:
@@ -209,6 +211,18 @@ def test_an_answer_may_end_with_its_line(small_model, byte_tokenizer) -> None:
     question = Question("0", "", "", (), float, 9, first_line=True)
     letters = byte_tokenizer("\nab\nc")["input_ids"]
     assert [outcome._ended(question, letters[:end], byte_tokenizer) for end in range(1, 6)] == [0, 0, 0, 1, 1]
+
+
+def test_sparse_parts_come_in_few_lengths(byte_tokenizer) -> None:
+    from hashattention.evaluation.prompt import CutPrompt
+    from hashattention.evaluation.runner import ROUND, _round
+
+    prompt = CutPrompt(tuple(range(100)), tuple(range(100, 121)), "")
+    context, tail = _round(prompt)
+    assert len(tail) == 2 * ROUND
+    assert context + tail == tuple(range(121))
+    assert _round(CutPrompt((1, 2), (3,), "")) == ((1,), (2, 3))
+    assert _round(CutPrompt((1, 2), tuple(range(ROUND)), "")) == ((1, 2), tuple(range(ROUND)))
 
 
 def test_a_length_over_the_context_is_refused(plan, small_model, byte_tokenizer, small_maps, tmp_path: Path) -> None:

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from hashattention.evaluation.summary import Summary
     from hashattention.models.source import LoadedModel
 
-#: Samples are run together on a GPU up to that many tokens.
-GPU_TOKENS = 1 << 18
-COLUMNS = ("tasks", "method", "density", "score", "to dense", "95 % interval", "rows/KV head", "bits", "error", "n")
+COLUMNS = ("tasks", "method", "density", "score", "to dense ± 95 %", "rows", "bits", "error")
 
 
 def eval_(
@@ -47,7 +45,7 @@ def eval_(
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat format.")] = True,
     errors: Annotated[bool, typer.Option("--errors/--no-errors", help="Measure every layer's output error.")] = True,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Run samples together up to that many tokens; default: 262144 on a GPU, else 0.")
+        int | None, typer.Option(help="Run samples together up to that many tokens; by default what a GPU takes.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Keep the rows that --out has.")] = True,
     fetch: Annotated[bool, typer.Option("--fetch", help="First fetch RULER's data (into --data, if given).")] = False,
@@ -67,7 +65,6 @@ def eval_(
     from hashattention.evaluation.plan import Plan
 
     where = parse_device(device)
-    together = batch_tokens if batch_tokens is not None else GPU_TOKENS if where.startswith("cuda") else 0
     plan = Plan(
         tasks=_words(tasks),
         methods=_methods(methods),
@@ -82,7 +79,7 @@ def eval_(
         local=local,
         chat=chat,
         errors=errors,
-        batch_tokens=together,
+        batch_tokens=batch_tokens,
     )
     rows = _run(model, plan, out, maps, where, dtype, resume)
     _show(rows, out)
@@ -141,18 +138,17 @@ def _cells(found: Summary) -> tuple[str, ...]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    interval = "" if found.low is None else f"{found.low:+.3f} {found.high:+.3f}"
+    # Half the bootstrap interval; the rows and --json have its two ends.
+    half = "" if found.low is None or found.high is None else f" ± {(found.high - found.low) / 2:.3f}"
     return (
         found.group,
         found.name,
         f"{found.density:.4f}",
         f"{found.score:.3f}",
-        number(found.difference, "+.3f"),
-        interval,
+        number(found.difference, "+.3f") + half,
         number(found.rows, ".0f"),
         f"{found.auxiliary_bits:g}",
         number(found.error, ".3f"),
-        str(found.count),
     )
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from hashattention.evaluation.observe import dense_weights
 from hashattention.selectors.base import Selection, Step
 
+#: Decimals of an error that are kept.
+DIGITS = 5
+
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
@@ -35,11 +38,13 @@ class Meter:
         of these each `every`-th.
     errors : bool
         Also compute exact dense attention of each measured step, for the error: this costs more than the step.
-    attention : bool
-        Also keep the attention weights.
+    attention : tuple of int
+        Requests whose attention weights are kept too.
     """
 
-    def __init__(self, since: int, until: int, every: int = 1, errors: bool = True, attention: bool = False) -> None:
+    def __init__(
+        self, since: int, until: int, every: int = 1, errors: bool = True, attention: tuple[int, ...] = ()
+    ) -> None:
         self.since, self.until, self.every = since, until, every
         self.errors, self.attention = errors, attention
         self.active: Tensor | None = None
@@ -71,6 +76,8 @@ class Meter:
         error = (out[:, :, 0].float() - dense).norm(dim=-1) / dense.norm(dim=-1)
         self._add(self._error, step.layer, error.mean(1) * active)
         if self.attention:
+            places = list(self.attention)
+            weights, kept, active = weights[places], kept[places], active[places]
             per_head = weights * kept.repeat_interleave(weights.shape[1] // kept.shape[1], dim=1)
             peak = (per_head / per_head.sum(-1, keepdim=True)).amax(1) * active[:, None]
             held = self._peaks.get(tokens)
@@ -98,24 +105,24 @@ class Meter:
                     attended=sums["attended"][place] / total,
                     rows=sums["rows"][place] / total,
                     error={layer: found[place] / steps[layer][place] for layer, found in errors.items()},
-                    attention=tuple(attention[place].tolist()) if self.attention else (),
+                    attention=attention.get(place, ()),
                 )
             )
         return readings
 
-    def _attention(self) -> Tensor:
-        """Mean over steps of the head's weight that gave a token most, float32 ``[B, T]``."""
+    def _attention(self) -> dict[int, tuple[float, ...]]:
+        """By request: mean over steps of the weight of the head that gave a token most."""
         if not self._peaks:
-            return torch.zeros(0, 0)
-        batch = next(iter(self._peaks.values())).shape[0]
-        total, steps = torch.zeros(batch, max(self._peaks)), torch.zeros(batch)
+            return {}
+        total, steps = torch.zeros(len(self.attention), max(self._peaks)), torch.zeros(len(self.attention))
         for tokens, peak in self._peaks.items():
             total[:, :tokens] += peak.cpu()
             steps += self._weight[tokens].cpu()
-        return total / steps.clamp(min=1)[:, None]
+        mean = (total / steps.clamp(min=1)[:, None]).tolist()
+        return {place: tuple(found) for place, found in zip(self.attention, mean, strict=True)}
 
 
 def spread(error: dict[int, float], layers: int) -> tuple[float, ...]:
     """The error of every layer of the model: 0 where it stays dense; empty if nothing was measured."""
     found: dict[int, float] = defaultdict(float, error)
-    return tuple(found[layer] for layer in range(layers)) if error else ()
+    return tuple(round(found[layer], DIGITS) for layer in range(layers)) if error else ()

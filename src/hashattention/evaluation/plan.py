@@ -61,8 +61,8 @@ class Plan:
         A longer question begins with the context.
     errors : bool
         Also measure every layer's output error, at some steps.
-    batch_tokens : int
-        Samples are run together up to that many tokens; 0: one by one.
+    batch_tokens : int, optional
+        Samples are run together up to that many tokens; 0: one by one. Default: what a GPU's free memory allows.
     marked : int
         The first sample of that many tasks is kept with the tokens that were attended.
     """
@@ -82,14 +82,14 @@ class Plan:
     chat: bool = True
     question_tokens: int = 128
     errors: bool = True
-    batch_tokens: int = 0
+    batch_tokens: int | None = None
     marked: int = 3
 
     def __post_init__(self) -> None:
         if self.protocol not in ("question", "generation"):
             raise ConfigError(f"protocol must be question or generation; given {self.protocol!r}.")
         for name, least in (("samples", 1), ("question_tokens", 1), ("batch_tokens", 0), ("marked", 0)):
-            if getattr(self, name) < least:
+            if (getattr(self, name) or 0) < least:
                 raise ConfigError(f"{name} must be at least {least}; given {getattr(self, name)}.")
         for name in ("tasks", "methods", "densities", "lengths"):
             if not getattr(self, name):

@@ -12,6 +12,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hashattention.integrations.transformers import SelectedLayer
+from hashattention.models.describe import describe
+
+#: The most tokens that are run at once unless a plan says more.
+MOST_TOKENS = 1 << 19
 
 
 class Reader:
@@ -92,6 +96,16 @@ def can_batch(model: Any) -> bool:
     """Whether every layer's cache can be padded and cropped (sliding-window layers cannot)."""
     layers = DynamicCache(config=model.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def batch_tokens(model: Any) -> int:
+    """Tokens that a GPU's free memory takes at once; 0 (one sample after the other) elsewhere, or if none may batch."""
+    if model.device.type != "cuda" or not can_batch(model):
+        return 0
+    base = describe(model)
+    each = 2 * base.num_hidden_layers * base.num_key_value_heads * base.head_dim * model.dtype.itemsize
+    # Stacking and growing hold the cache twice; methods, measurements and logits need the rest.
+    return min(MOST_TOKENS, int(torch.cuda.mem_get_info(model.device)[0]) // (4 * each))
 
 
 def _read(model: Any, tokens: Sequence[int]) -> tuple[Any, Tensor]:

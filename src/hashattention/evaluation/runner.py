@@ -18,7 +18,7 @@ from hashattention.evaluation.meter import Meter
 from hashattention.evaluation.outcome import Continuation, Outcome
 from hashattention.evaluation.plan import Plan, Served, serve
 from hashattention.evaluation.prompt import CutPrompt, cut, pieces
-from hashattention.evaluation.reader import Reader, can_batch
+from hashattention.evaluation.reader import Reader, batch_tokens, can_batch
 from hashattention.evaluation.result import Marked, Reading, Results, Row
 from hashattention.evaluation.tasks.base import Passage, Question, Sample, Task
 from hashattention.integrations.transformers import attach
@@ -31,6 +31,9 @@ Progress = Callable[[str, int, int], None]
 ALL = 1 << 30
 #: Answer steps that are measured, and of a predicted tail each how manyth.
 STEPS, EVERY = 8, 16
+#: The sparse part of a prompt begins with the question, or up to that many tokens less one before it: samples whose
+#: parts are then of one length can be run together.
+ROUND = 16
 #: Digits of the attention weights that are kept.
 DIGITS = 3
 
@@ -147,21 +150,23 @@ class _Evaluation:
                 yield Job(task.name, length, sample, sample.tokens, sample.tail)
                 continue
             prompt = cut(sample, self.tokenizer, chat=self.plan.chat, longest=self.plan.question_tokens)
-            context, tail = prompt.context, prompt.question
+            context, tail = _round(prompt)
             if self.plan.protocol == "generation":
                 context, tail = context + tail, ()
             yield Job(task.name, length, sample, context, tail, prompt, marked and not number)
 
     def _batches(self) -> list[list[Job]]:
-        """Jobs of one shape together, as many as the plan allows; a marked one alone."""
+        """Jobs of one shape together, as many as the plan allows."""
         shapes: dict[Any, list[Job]] = defaultdict(list)
         for job in self.jobs:
-            shapes[(*job.shape, job.task, job.sample.id) if job.marked else job.shape].append(job)
-        most = 1
+            shapes[job.shape].append(job)
+        tokens = self.plan.batch_tokens
+        if tokens is None:
+            tokens = batch_tokens(self.model)
+        tokens = tokens if can_batch(self.model) else 0
         together: list[list[Job]] = []
         for jobs in shapes.values():
-            if self.plan.batch_tokens and can_batch(self.model):
-                most = max(1, self.plan.batch_tokens // jobs[0].length)
+            most = max(1, tokens // jobs[0].length)
             together += [jobs[first : first + most] for first in range(0, len(jobs), most)]
         return together
 
@@ -204,7 +209,8 @@ class _Evaluation:
         if isinstance(first.sample, Passage):
             return Meter(width + 1, ALL, EVERY, self.plan.errors)
         since = width + max(1, len(first.tail))
-        return Meter(since, since + STEPS - 1, 1, self.plan.errors, attention=first.marked)
+        marked = tuple(place for place, job in enumerate(batch) if job.marked)
+        return Meter(since, since + STEPS - 1, 1, self.plan.errors, attention=marked)
 
     def _attached(self, method: Served, meter: Meter) -> contextlib.AbstractContextManager[Any]:
         if method.selector is None:
@@ -288,3 +294,10 @@ class _Evaluation:
                 ),
             )
         )
+
+
+def _round(prompt: CutPrompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What is read densely, and the rest: a multiple of `ROUND` tokens."""
+    more = min(-len(prompt.question) % ROUND, len(prompt.context) - 1)
+    cut_at = len(prompt.context) - more
+    return prompt.context[:cut_at], prompt.context[cut_at:] + prompt.question

@@ -46,7 +46,7 @@ def rouge(answer: str, right: str) -> float:
 
 def rouge_zh(answer: str, right: str) -> float:
     """The same on the words that jieba cuts."""
-    return rouge(" ".join(_need("jieba").cut(answer)), " ".join(_need("jieba").cut(right)))
+    return rouge(" ".join(_cut(answer)), " ".join(_cut(right)))
 
 
 def classification(answer: str, right: str, classes: Sequence[str]) -> float:
@@ -101,8 +101,15 @@ def _english(text: str) -> list[str]:
 
 def _chinese(text: str) -> list[str]:
     marks = set(string.punctuation + _CHINESE)
-    plain = ("".join(letter for letter in word.lower() if letter not in marks) for word in _need("jieba").cut(text))
+    plain = ("".join(letter for letter in word.lower() if letter not in marks) for word in _cut(text))
     return [word for word in ("".join(word.split()) for word in plain) if word]
+
+
+def _cut(text: str) -> list[str]:
+    jieba = _need("jieba")
+    # It tells stderr about its dictionary otherwise.
+    jieba.setLogLevel("WARNING")
+    return list(jieba.cut(text))
 
 
 def _f1(answer: list[str], right: list[str]) -> float:
