@@ -71,6 +71,6 @@ def options(
     """Long-context decoding that reads only the tokens that matter."""
 
 
-app.command("eval")(eval_)
 for verb in (demo, train, lab, generate, inspect, report, bench, env):
     app.command()(verb)
+app.command("eval")(eval_)
