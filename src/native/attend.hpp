@@ -203,12 +203,9 @@ inline int64_t place_in_row(int64_t d, int64_t dim) {
 template <class Value>
 inline void read_query(const hashattention::Attention& a, int64_t request, int64_t head, float* out) {
     const int64_t at = request * a.query_request_stride + head * a.query_head_stride;
-    const auto copy = [&](auto* from) {
+    with_values(a.query_dtype, a.query, [&](auto* from) {
         for (int64_t d = 0; d < a.key.dim; ++d) out[d] = widen(from[at + place_in_row<Value>(d, a.key.dim)]);
-    };
-    if (a.query_dtype == hashattention::Dtype::float32) copy(static_cast<const float*>(a.query));
-    if (a.query_dtype == hashattention::Dtype::bfloat16) copy(static_cast<const bfloat16*>(a.query));
-    if (a.query_dtype == hashattention::Dtype::float16) copy(static_cast<const float16*>(a.query));
+    });
 }
 
 inline float* work_room(int64_t count) {

@@ -15,9 +15,9 @@ namespace HASHATTENTION_ISA {
 
 // out [rows][outputs] = bias + x [rows][inputs] times weights [inputs][outputs], four inputs a turn: the weights stream
 // through once and stay in the first cache for all rows.
-template <class Value>
+template <class Value, class Bias>
 inline void multiply(const float* x, int64_t rows, int64_t inputs, int64_t outputs, const Value* weights,
-                     const Value* bias, float* out) {
+                     const Bias* bias, float* out) {
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t o = 0; o < outputs; ++o) out[r * outputs + o] = widen(bias[o]);
     int64_t i = 0;
@@ -94,16 +94,12 @@ inline float* run_stages(const hashattention::Encoding& e, int64_t head, float* 
     const int64_t rows = e.batch * e.tokens;
     for (int s = 0; s < e.stages; ++s) {
         const hashattention::Stage& stage = e.stage[s];
-        const auto run = [&](auto* weights, auto* biases) {
-            multiply(x, rows, stage.inputs, stage.outputs, weights + head * stage.weight_stride,
-                     biases + head * stage.bias_stride, next);
-        };
-        if (e.dtype == hashattention::Dtype::float32)
-            run(static_cast<const float*>(stage.weights), static_cast<const float*>(stage.biases));
-        if (e.dtype == hashattention::Dtype::bfloat16)
-            run(static_cast<const bfloat16*>(stage.weights), static_cast<const bfloat16*>(stage.biases));
-        if (e.dtype == hashattention::Dtype::float16)
-            run(static_cast<const float16*>(stage.weights), static_cast<const float16*>(stage.biases));
+        with_values(e.dtype, stage.weights, [&](auto* weights) {
+            with_values(e.bias_dtype, stage.biases, [&](auto* biases) {
+                multiply(x, rows, stage.inputs, stage.outputs, weights + head * stage.weight_stride,
+                         biases + head * stage.bias_stride, next);
+            });
+        });
         if (s + 1 < e.stages) apply_silu(next, rows * stage.outputs);
         float* swapped = x;
         x = next;
@@ -115,13 +111,10 @@ inline float* run_stages(const hashattention::Encoding& e, int64_t head, float* 
 // Row r of one head in float32.
 inline void read_row(const hashattention::Encoding& e, int64_t r, int64_t head, float* out) {
     const int64_t inputs = e.stage[0].inputs;
-    const int64_t at = r / e.tokens * e.request_stride + (head * e.tokens + r % e.tokens) * inputs;
-    const auto copy = [&](auto* from) {
+    const int64_t at = r / e.tokens * e.request_stride + head * e.head_stride + r % e.tokens * inputs;
+    with_values(e.input_dtype, e.input, [&](auto* from) {
         for (int64_t i = 0; i < inputs; ++i) out[i] = widen(from[at + i]);
-    };
-    if (e.input_dtype == hashattention::Dtype::float32) copy(static_cast<const float*>(e.input));
-    if (e.input_dtype == hashattention::Dtype::bfloat16) copy(static_cast<const bfloat16*>(e.input));
-    if (e.input_dtype == hashattention::Dtype::float16) copy(static_cast<const float16*>(e.input));
+    });
 }
 
 inline void encode(const hashattention::Encoding& e) {

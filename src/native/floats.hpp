@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.hpp"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -48,6 +50,14 @@ inline float widen(float16 value) {
     if (rest >= 0x0400) return bits_to_float(sign | ((rest << 13) + 0x38000000u));
     const float tiny = static_cast<float>(rest) * 0x1p-24f;
     return sign != 0 ? -tiny : tiny;
+}
+
+// Calls with a pointer to values of the type they have.
+template <class Call>
+inline void with_values(hashattention::Dtype dtype, const void* values, Call call) {
+    if (dtype == hashattention::Dtype::float32) call(static_cast<const float*>(values));
+    if (dtype == hashattention::Dtype::bfloat16) call(static_cast<const bfloat16*>(values));
+    if (dtype == hashattention::Dtype::float16) call(static_cast<const float16*>(values));
 }
 
 inline Floats load(const float* p) {

@@ -77,16 +77,16 @@ struct Stage {
     int64_t bias_stride = 0;
 };
 
-// Rows [B, H, T, in] through a map: int8 codes and their scales, or packed signs where levels is 0. The input's request
-// stride counts elements; heads, tokens and values are adjacent.
+// Rows [B, H, T, in] through a map: int8 codes and their scales, or packed signs where levels is 0. The input's strides
+// count elements; the rows of successive tokens are adjacent.
 struct Encoding {
     static constexpr int most_stages = 4;
     const void* input = nullptr;
     Dtype input_dtype = Dtype::float32;
-    int64_t request_stride = 0, batch = 0, heads = 0, tokens = 0;
+    int64_t request_stride = 0, head_stride = 0, batch = 0, heads = 0, tokens = 0;
     Stage stage[most_stages];
     int stages = 0;
-    Dtype dtype = Dtype::float32;
+    Dtype dtype = Dtype::float32, bias_dtype = Dtype::float32;
     int levels = 0;
     void* out = nullptr;
     float* scales = nullptr;
@@ -100,7 +100,7 @@ struct Kernels {
     void (*select)(const Scores&, const Bounds&, const Chosen&);
     void (*score_select)(const Codes&, const Bounds&, const Chosen&);
     void (*attend)(const Attention&);
-    void (*decode)(Encoding, Codes, const Bounds&, Attention);
+    void (*decode)(Encoding, Codes, const Bounds&, Attention, const Encoding* key);
 };
 
 extern const Kernels plain_kernels;

@@ -124,14 +124,15 @@ NB_MODULE(_native, m) {
             new (self) Stage{at<const void>(weights), weight_stride, inputs, outputs, at<const void>(biases), bias_stride};
         });
     nb::class_<Encoding>(m, "Encoding").def(
-        "__init__", [](Encoding* self, uintptr_t input, int input_dtype, int64_t request_stride, int64_t batch,
-                       int64_t heads, int64_t tokens, const std::vector<Stage>& stages, int dtype, int levels) {
+        "__init__", [](Encoding* self, uintptr_t input, int input_dtype, int64_t request_stride, int64_t head_stride,
+                       int64_t batch, int64_t heads, int64_t tokens, const std::vector<Stage>& stages, int dtype,
+                       int bias_dtype, int levels) {
             if (stages.empty() || stages.size() > Encoding::most_stages) throw std::invalid_argument("1 to 4 stages");
             Encoding* e = new (self) Encoding();
             e->input = at<const void>(input), e->input_dtype = static_cast<Dtype>(input_dtype);
-            e->request_stride = request_stride, e->batch = batch, e->heads = heads, e->tokens = tokens;
+            e->request_stride = request_stride, e->head_stride = head_stride, e->batch = batch, e->heads = heads, e->tokens = tokens;
             for (const Stage& stage : stages) e->stage[e->stages++] = stage;
-            e->dtype = static_cast<Dtype>(dtype), e->levels = levels;
+            e->dtype = static_cast<Dtype>(dtype), e->bias_dtype = static_cast<Dtype>(bias_dtype), e->levels = levels;
         });
     nb::class_<Attention>(m, "Attention").def(
         "__init__",
@@ -188,9 +189,10 @@ NB_MODULE(_native, m) {
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "decode",
-        [](const Encoding& e, const Codes& codes, const Bounds& bounds, const Attention& a) {
-            active.load()->decode(e, codes, bounds, a);
+        [](const Encoding& e, const Codes& codes, const Bounds& bounds, const Attention& a, const Encoding* key) {
+            active.load()->decode(e, codes, bounds, a, key);
         },
+        nb::arg("encoding"), nb::arg("codes"), nb::arg("bounds"), nb::arg("attention"), nb::arg("key").none(),
         nb::call_guard<nb::gil_scoped_release>());
     m.def("advise", &advise, "Ask for huge pages for whole ones in `bytes` from `address`; where there are none, nothing.");
 }

@@ -108,6 +108,14 @@ struct Signatures {
     bool paged() const { return codes->pages.table != nullptr; }
     const int32_t* at(int64_t token) const { return words + token * codes->words; }
 
+    // One token's words, wherever they are.
+    const int32_t* find(int64_t token) const {
+        if (!paged()) return at(token);
+        const hashattention::Pages& pages = codes->pages;
+        const int64_t page = clamp(pages.table[request * pages.per_row + token / pages.size], 0, pages.count - 1);
+        return words + page * codes->request_stride + token % pages.size * codes->words;
+    }
+
     void copy(int64_t first, int64_t count, int32_t* out) const {
         const hashattention::Pages& pages = codes->pages;
         for (int64_t token = first; token < first + count;) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "attend.hpp"
 #include "encode.hpp"
@@ -44,11 +45,27 @@ inline int32_t* step_room(int64_t count) {
     return scratch.room<int32_t>(count);
 }
 
-// The code, the indices and the counts stay in the calling thread's own memory.
+// Puts the signature of every request's last token into the cache, whose memory the caller lends for it.
+inline void sign_key(hashattention::Encoding key, const hashattention::Codes& codes, const int32_t* end,
+                     int32_t* words) {
+    key.out = words;
+    encode(key);
+    for (int64_t row = 0; row < codes.batch * codes.signature_heads; ++row) {
+        const int64_t request = row / codes.signature_heads, head = row % codes.signature_heads;
+        const int64_t token = end[request] - 1;
+        if (token < 0 || token >= codes.tokens) continue;
+        const int32_t* at = Signatures(codes, request, head).find(token);
+        std::memcpy(const_cast<int32_t*>(at), words + row * codes.words, static_cast<size_t>(codes.words) * 4);
+    }
+}
+
+// The code, the indices and the counts stay in the calling thread's own memory; `key` may be null.
 inline void decode(hashattention::Encoding e, hashattention::Codes codes, const hashattention::Bounds& bounds,
-                   hashattention::Attention a) {
+                   hashattention::Attention a, const hashattention::Encoding* key) {
     const int64_t rows = codes.batch * codes.selection_heads, queries = e.batch * e.heads;
-    int32_t* room = step_room(rows * (bounds.capacity + 1) + queries * (8 * codes.words + 1));
+    const int64_t signed_words = codes.batch * codes.signature_heads * codes.words;
+    int32_t* room = step_room(rows * (bounds.capacity + 1) + queries * (8 * codes.words + 1) + signed_words);
+    if (key != nullptr) sign_key(*key, codes, bounds.end, room);
     const hashattention::Chosen chosen{room, room + rows * bounds.capacity};
     e.scales = reinterpret_cast<float*>(chosen.counts + rows);
     e.out = e.scales + queries;

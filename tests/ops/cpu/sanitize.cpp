@@ -174,7 +174,8 @@ static void check_encode() {
     std::unique_ptr<int8_t[]> code(new int8_t[rows * bits]);
     std::unique_ptr<int32_t[]> words(new int32_t[rows * bits / 32]);
     std::unique_ptr<float[]> scales(new float[rows]);
-    e.input = input.get(), e.request_stride = e.heads * e.tokens * widths[0], e.scales = scales.get();
+    e.input = input.get(), e.request_stride = e.heads * e.tokens * widths[0];
+    e.head_stride = e.tokens * widths[0], e.scales = scales.get();
     e.out = e.levels > 0 ? static_cast<void*>(code.get()) : words.get();
     kernels::encode(e);
     for (int64_t row = 0; row < rows; ++row) {
@@ -213,7 +214,7 @@ static void check_decode() {
     const int64_t inputs = draw(1, 40), bits = 32 * words, rows = e.batch * e.heads;
     auto input = fill<float>(rows * inputs, -9, 9), weights = fill<float>(e.heads * inputs * bits, -9, 9);
     auto biases = fill<float>(e.heads * bits, -9, 9);
-    e.input = input.get(), e.request_stride = e.heads * inputs;
+    e.input = input.get(), e.request_stride = e.heads * inputs, e.head_stride = inputs;
     e.stage[0] = {weights.get(), inputs * bits, inputs, bits, biases.get(), bits};
     Codes codes;
     codes.batch = e.batch, codes.heads = codes.signature_heads = codes.selection_heads = e.heads;
@@ -234,12 +235,19 @@ static void check_decode() {
     std::unique_ptr<float[]> out(new float[2 * rows * a.value.dim]), again(new float[2 * rows * a.value.dim]);
     std::unique_ptr<float[]> logsumexp(new float[2 * rows]), scales(new float[rows]);
     a.out = out.get(), a.logsumexp = logsumexp.get();
-    kernels::decode(e, codes, bounds, a);
+    Encoding key_map = e;
+    key_map.levels = 0;
+    kernels::decode(e, codes, bounds, a, &key_map);
     const long before = allocations;
-    kernels::decode(e, codes, bounds, a);
+    kernels::decode(e, codes, bounds, a, &key_map);
     expect(allocations == before, "decode allocates nothing the second time");
     std::unique_ptr<int32_t[]> code(new int32_t[rows * 8 * words]), indices(new int32_t[rows * capacity]);
     std::unique_ptr<int32_t[]> counts(new int32_t[rows]);
+    key_map.out = code.get();
+    kernels::encode(key_map);
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t w = 0, last = end[row / e.heads] - 1; last >= 0 && w < words; ++w)
+            expect(signatures[(row * tokens + last) * words + w] == code[row * words + w], "the newest key is signed");
     e.out = code.get(), e.scales = scales.get(), codes.code = code.get(), codes.packed = e.levels == 0;
     kernels::encode(e);
     kernels::score_select(codes, bounds, {indices.get(), counts.get()});

@@ -19,6 +19,7 @@ try:
     from hashattention.ops.cpu.native import (
         attend,
         decode,
+        decode_step,
         encode_query,
         encode_signature,
         score,
@@ -34,6 +35,7 @@ __all__ = [
     "MISSING",
     "attend",
     "decode",
+    "decode_step",
     "describe",
     "encode_query",
     "encode_signature",
@@ -52,11 +54,13 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
     if MISSING is not None:
         _say_once()
         return _refuse_fallback(tensor)
+    if op == "decode_step" and arguments.get("mask") is not None:
+        return "a mask with holes is left to decode"
     caches = [arguments[name] for name in ("k", "v") if arguments.get(name) is not None]
     for cache in caches:
         if cache.dtype not in native.DTYPES or cache.stride(-1) != 1:
             return f"needs K and V in float32, bfloat16 or float16 with adjacent values, given {cache.dtype}"
-    if op in ("attend", "decode") and tensor.dtype not in native.DTYPES:
+    if op in ("attend", "decode", "decode_step") and tensor.dtype not in native.DTYPES:
         return f"needs queries in float32, bfloat16 or float16, given {tensor.dtype}"
     return None
 

@@ -8,6 +8,9 @@ from torch import Tensor
 from hashattention.ops import reference
 from hashattention.ops.cpu import _native
 
+#: The newest token's key ``[B, Hs, 1, D]`` and phi_k's weights and biases.
+NewKey = tuple[Tensor, list[Tensor], list[Tensor]]
+
 #: The kernels' names of the floating-point types.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -23,27 +26,35 @@ def instruction_set() -> str:
 
 def fits_encode(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> bool:
     """Whether the encode kernel, whose cost is reading the weights, serves these few rows."""
-    rows, tensors = x.shape[0] * x.shape[2], [*weights, *biases]
-    dtypes = {tensor.dtype for tensor in tensors}
+    rows = x.shape[0] * x.shape[2]
     adjacent = all(weight.stride(2) == 1 and weight.stride(1) == weight.shape[2] for weight in weights)
     flat = all(bias.stride(1) == 1 for bias in biases)
-    few = 0 < rows <= MOST_ROWS and len(weights) <= MOST_STAGES
-    return few and adjacent and flat and len(dtypes) == 1 and dtypes <= DTYPES.keys()
+    few = 0 < rows <= MOST_ROWS and len(weights) <= MOST_STAGES and x.dtype in DTYPES
+    return few and adjacent and flat and all(_one_dtype(tensors) for tensors in (weights, biases))
+
+
+def _one_dtype(tensors: list[Tensor]) -> bool:
+    return tensors[0].dtype in DTYPES and all(tensor.dtype == tensors[0].dtype for tensor in tensors)
 
 
 def _encoding(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels: int) -> _native.Encoding:
-    """The encode of rows whose heads, tokens and values are adjacent."""
+    """The encode of `x`, whose tokens and values are adjacent."""
     stages = [
         _native.Stage(w.data_ptr(), w.stride(0), w.shape[1], w.shape[2], b.data_ptr(), b.stride(0))
         for w, b in zip(weights, biases, strict=True)
     ]
-    given, kind = (x.data_ptr(), DTYPES[x.dtype], x.stride(0)), DTYPES[weights[0].dtype]
-    return _native.Encoding(*given, *x.shape[:3], stages, kind, levels)
+    given, kinds = (x.data_ptr(), DTYPES[x.dtype], x.stride(0), x.stride(1)), (weights[0].dtype, biases[0].dtype)
+    return _native.Encoding(*given, *x.shape[:3], stages, *(DTYPES[kind] for kind in kinds), levels)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with tokens and values adjacent."""
+    adjacent = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
+    return x if adjacent else x.contiguous()
 
 
 def _encode(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels: int, out: Tensor, scales: Tensor) -> None:
-    x = x.contiguous() if x.dtype in DTYPES else x.float().contiguous()
-    _native.encode(_encoding(x, weights, biases, levels), out.data_ptr(), scales.data_ptr())
+    _native.encode(_encoding(_rows(x), weights, biases, levels), out.data_ptr(), scales.data_ptr())
 
 
 def encode_query(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels: int) -> tuple[Tensor, Tensor]:
@@ -236,13 +247,22 @@ def decode(
     softcap: float = 0.0,
     mask: Tensor | None = None,
     block_table: Tensor | None = None,
+    new_key: NewKey | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The whole sparse step: encode, score and select, attend; one call where the encode kernel serves the map."""
+    """The whole sparse step: encode, score and select, attend; one call where the encode kernel serves the maps.
+
+    Given the newest token's key and its map, its signature is written into the cache first.
+    """
+    if new_key is not None and not (token_rows_adjacent(signatures) and fits_encode(*new_key)):
+        write_signature(*new_key, signatures, end - 1, block_table)
+        new_key = None
     batch, query_heads, _, dim = q.shape
     heads = weights[0].shape[0]
     q = q.contiguous()
     x = q.view(batch, heads, 1, query_heads // heads * dim)
     if not fits_encode(x, weights, biases):
+        if new_key is not None:
+            write_signature(*new_key, signatures, end - 1, block_table)
         code = encode_query(x, weights, biases, levels)[0] if levels else encode_signature(x, weights, biases)
         indices, counts = score_select(code, signatures, start, end, budgets, capacity, mask, block_table)
         return attend(q, k, v, indices, counts, scale, softcap, block_table)
@@ -251,8 +271,32 @@ def decode(
     attention, out, logsumexp = _attention(q, k, v, budgets.shape[1], scale, softcap, table)
     codes = _codes(None, heads, signatures, budgets.shape[1], table)
     bounds = _bounds(start, end, budgets, capacity, mask)
-    _native.decode(_encoding(x, weights, biases, levels), codes, bounds, attention)
+    key = None if new_key is None else (_rows(new_key[0]), *new_key[1:])
+    signing = None if key is None else _encoding(*key, 0)
+    _native.decode(_encoding(x, weights, biases, levels), codes, bounds, attention, signing)
     return out, logsumexp
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    signatures: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    start: Tensor,
+    end: Tensor,
+    budgets: Tensor,
+    capacity: int,
+    levels: int,
+    scale: float,
+    softcap: float,
+    block_table: Tensor | None,
+    new_key: NewKey,
+) -> tuple[Tensor, Tensor]:
+    """`decode` after writing the newest token's signature, in one call."""
+    rest = capacity, levels, scale, softcap, None, block_table, new_key
+    return decode(q, k, v, signatures, weights, biases, start, end, budgets, *rest)
 
 
 def advise(buffer: Tensor) -> None:
