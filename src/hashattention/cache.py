@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hashattention.ops.buffer import allocate
+
 Result = TypeVar("Result")
 #: Room is a multiple of this many tokens, so that rows start where wide loads may.
 ROOM = 64
@@ -72,7 +74,7 @@ class TokenCache:
         if buffer is None or buffer.shape[2] < tokens or not can_write(buffer):
             # A first fill is exact; later growth doubles, so that decoding copies each token O(1) times.
             room = tokens if buffer is None else -(-max(tokens, 2 * held) // ROOM) * ROOM
-            grown = like.new_empty((*like.shape[:2], room, *like.shape[3:]))
+            grown = allocate(like, (*like.shape[:2], room, *like.shape[3:]))
             if buffer is not None:
                 grown[:, :, :held] = buffer[:, :, :held]
             buffer = self._buffers[name] = grown

@@ -9,10 +9,6 @@
 #include <string>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "kernels.hpp"
 
 namespace nb = nanobind;
@@ -79,17 +75,6 @@ Bounds make_bounds(uintptr_t start, uintptr_t end, uintptr_t budgets, uintptr_t 
                    int64_t capacity) {
     return {at<const int32_t>(start), at<const int32_t>(end), at<const int32_t>(budgets),
             at<const uint8_t>(mask),  mask_stride,            capacity};
-}
-
-// Rows gathered from a long cache lie on as many pages as there are rows: with large ones the processor finds them all.
-void advise(uintptr_t address, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t page = 2097152;
-    const uintptr_t first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
-    if (first < last) (void)madvise(at<void>(first), last - first, MADV_HUGEPAGE);
-#else
-    (void)address, (void)bytes;
-#endif
 }
 
 }  // namespace
@@ -194,5 +179,4 @@ NB_MODULE(_native, m) {
         },
         nb::arg("encoding"), nb::arg("codes"), nb::arg("bounds"), nb::arg("attention"), nb::arg("key").none(),
         nb::call_guard<nb::gil_scoped_release>());
-    m.def("advise", &advise, "Ask for huge pages for whole ones in `bytes` from `address`; where there are none, nothing.");
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hashattention import ops
 from hashattention.config import Budget
+from hashattention.ops.buffer import allocate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +136,8 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     """Random tensors of `case`: a group code, one signature and one index set per KV head."""
     generator = torch.Generator(device).manual_seed(seed)
     sizes, on_gpu = case.sizes, torch.device(device).type == "cuda"
-    # As `HashSelector` keeps them: weights on a GPU in the dtype of the keys.
-    kind = case.dtype if on_gpu else torch.float32
+    # As `HashSelector` keeps them: weights on a GPU in the dtype of the keys, on a CPU in that of saved maps.
+    kind = case.dtype if on_gpu else torch.bfloat16
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
@@ -145,7 +146,11 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         distinct = tokens if on_gpu else min(tokens, PATTERN)
         pattern = draw(case.batch, sizes.kv_heads, distinct, sizes.head_dim, dtype=case.dtype)
         times = -(-tokens // distinct)
-        return pattern if times == 1 else pattern.repeat(1, 1, times, 1)[:, :, :tokens]
+        if times == 1:
+            return pattern
+        # As an attached model's cache is made.
+        long = allocate(pattern, (*pattern.shape[:2], times, *pattern.shape[2:]))
+        return long.copy_(pattern.unsqueeze(2).expand_as(long)).flatten(2, 3)[:, :, :tokens]
 
     def draw_map(width: int) -> tuple[list[Tensor], list[Tensor]]:
         pairs = list(itertools.pairwise([width, *WIDTHS, case.bits]))
@@ -162,7 +167,7 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         q=draw(case.batch, sizes.query_heads, 1, sizes.head_dim, dtype=case.dtype),
         k=cache(case.context),
         v=cache(case.context),
-        signatures=torch.randint(-(2**31), 2**31 - 1, words, generator=generator, device=device, dtype=torch.int32),
+        signatures=allocate(start, words).random_(-(2**31), 2**31 - 1, generator=generator),
         weights=weights,
         biases=biases,
         key_weights=key_weights,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from hashattention.bench.roofline import bytes_of, copy_bandwidth
 from hashattention.bench.timing import Timing, time_functions
 from hashattention.errors import BackendError
 from hashattention.ops import cpu, reference
+from hashattention.ops.buffer import has_large_pages
 
 #: A row of the whole step is off when it errs more than this times what plain torch errs.
 ROW_TOLERANCE = 3.0
@@ -147,7 +147,7 @@ def _rows(
             "baseline": fastest,
             "speedup": dense[fastest] / timing.p50_ms if fastest else None,
             "threads": torch.get_num_threads(),
-            "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+            "huge_pages": has_large_pages(),
             "backend": _backend(inputs, name),
             "flashinfer": paged.version(),
             "gate": gate,

@@ -18,6 +18,7 @@ from hashattention.config import Budget
 from hashattention.errors import ConfigError, InputError, UnsupportedModelError
 from hashattention.maps import HashMaps
 from hashattention.models.describe import attention_modules, dense_function, describe, text_config
+from hashattention.ops.buffer import allocate
 from hashattention.rows import Extent
 from hashattention.selectors.base import Selector
 from hashattention.selectors.hash import HashSelector
@@ -57,7 +58,7 @@ class SelectedLayer(DynamicLayer):
         # A reorder or a selection leaves other tensors here; a crop leaves a view of the same memory.
         same = buffer is not None and buffer.data_ptr() == held.data_ptr() and buffer.stride() == held.stride()
         if buffer is None or not same or total > buffer.shape[2] or not can_write(buffer):
-            buffer = held.new_empty((*held.shape[:2], total + max(64, total // 8), held.shape[3]))
+            buffer = allocate(held, (*held.shape[:2], total + max(64, total // 8), held.shape[3]))
             buffer[:, :, :tokens] = held
             self._buffers[name] = buffer
         buffer[:, :, tokens:total] = new

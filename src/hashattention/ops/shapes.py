@@ -17,17 +17,22 @@ def expect(sizes: dict[str, int], name: str, tensor: Tensor, shape: str, *dtypes
         If the rank, a size bound before, a literal size or the dtype differs.
     """
     wanted = shape.split()
-    given = f"{name} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
     if tensor.dim() != len(wanted):
-        raise InputError(f"{given}; expected [{', '.join(wanted)}], {len(wanted)} dimensions.")
+        raise InputError(f"{_say(name, tensor)}; expected [{', '.join(wanted)}], {len(wanted)} dimensions.")
     if dtypes and tensor.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise InputError(f"{given}; expected dtype {allowed}.")
+        raise InputError(f"{_say(name, tensor)}; expected dtype {allowed}.")
     for letter, size in zip(wanted, tensor.shape, strict=True):
         known = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
         if size != known:
             bound = ", ".join(f"{key}={value}" for key, value in sizes.items())
-            raise InputError(f"{given}; expected [{', '.join(wanted)}] with {bound}: size {letter} must be {known}.")
+            expected = f"expected [{', '.join(wanted)}] with {bound}: size {letter} must be {known}."
+            raise InputError(f"{_say(name, tensor)}; {expected}")
+
+
+def _say(name: str, tensor: Tensor) -> str:
+    # Only where it is needed: these checks run at every step.
+    return f"{name} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def expect_multiple(many: int, few: int, meaning: str) -> None:

@@ -43,8 +43,9 @@ def _encoding(x: Tensor, weights: list[Tensor], biases: list[Tensor], levels: in
         _native.Stage(w.data_ptr(), w.stride(0), w.shape[1], w.shape[2], b.data_ptr(), b.stride(0))
         for w, b in zip(weights, biases, strict=True)
     ]
+    batch, heads, tokens, _ = x.shape
     given, kinds = (x.data_ptr(), DTYPES[x.dtype], x.stride(0), x.stride(1)), (weights[0].dtype, biases[0].dtype)
-    return _native.Encoding(*given, *x.shape[:3], stages, *(DTYPES[kind] for kind in kinds), levels)
+    return _native.Encoding(*given, batch, heads, tokens, stages, DTYPES[kinds[0]], DTYPES[kinds[1]], levels)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -297,11 +298,3 @@ def decode_step(
     """`decode` after writing the newest token's signature, in one call."""
     rest = capacity, levels, scale, softcap, None, block_table, new_key
     return decode(q, k, v, signatures, weights, biases, start, end, budgets, *rest)
-
-
-def advise(buffer: Tensor) -> None:
-    """Ask the system for huge pages behind a long buffer that is about to be filled; where it has none, nothing.
-
-    The selected rows of a long cache lie on as many small pages as there are rows, and each must be found.
-    """
-    _native.advise(buffer.data_ptr(), buffer.nbytes)
