@@ -19,7 +19,10 @@ def maps(heads, widths, dtype):
     return weights, [(torch.randn(heads, b, device="cuda") * 0.1).to(dtype) for _, b in pairs]
 
 
-def case(batch, tokens, *, bits=64, dim=128, heads=8, group=4, levels=7, dtype=torch.bfloat16, budget=(16, 64, 100)):
+def case(
+    batch, tokens, *, bits=64, dim=128, heads=8, group=4, levels=7, dtype=torch.bfloat16, budget=(16, 64, 100),
+    hidden=(256, 256),
+):  # fmt: skip
     """Random tensors with ragged rows; what must not be read is NaN."""
     k, v = (torch.randn(batch, heads, tokens, dim, device="cuda", dtype=dtype) for _ in range(2))
     signatures = torch.randint(-(2**31), 2**31, (batch, heads, tokens, bits // 32), device="cuda", dtype=torch.int32)
@@ -29,7 +32,7 @@ def case(batch, tokens, *, bits=64, dim=128, heads=8, group=4, levels=7, dtype=t
     outside = (outside < start[:, None]) | (outside >= end[:, None])
     for cache in (k, v):
         cache.masked_fill_(outside[:, None, :, None], float("nan"))
-    weights, biases = maps(heads, (group * dim, 256, 256, bits), dtype)
+    weights, biases = maps(heads, (group * dim, *hidden, bits), dtype)
     return {
         "q": torch.randn(batch, heads * group, 1, dim, device="cuda", dtype=dtype),
         "k": k,
@@ -84,6 +87,10 @@ CASES = [
     (case, {"batch": 2, "tokens": 700, "budget": (0, 0, 50)}),
     (case, {"batch": 2, "tokens": 700, "budget": (4, 8, 4000)}),
     (case, {"batch": 40, "tokens": 512}),
+    (case, {"batch": 2, "tokens": 2048, "hidden": (256,)}),
+    (case, {"batch": 35, "tokens": 640, "hidden": (256,)}),
+    (case, {"batch": 4, "tokens": 2048, "hidden": (512,)}),
+    (case, {"batch": 3, "tokens": 2048, "bits": 128, "levels": 15}),
     (case, {"batch": 1, "tokens": 1 << 20, "heads": 2}),
 ]
 
@@ -117,6 +124,24 @@ def test_all_ties_take_the_most_recent():
     counts = torch.full((2, 8), 13, device="cuda", dtype=torch.int32)
     wanted = reference.attend(made["q"], made["k"], made["v"], chosen, counts, made["scale"])[0]
     torch.testing.assert_close(ops.decode(**made, backend="cuda")[0], wanted, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_scores_below_the_counted_window(batch):
+    """128 bits give more scores than there are bins; keys against the code lie in the lowest."""
+    made = case(batch, 4096, bits=128, budget=(2, 8, 300))
+    made["start"].zero_()
+    made["end"].fill_(4096)
+    for cache in (made["k"], made["v"]):
+        cache.normal_()
+    x = ops.group_queries(made["q"], 8)
+    code, _ = reference.encode_query(x, made["weights"], made["biases"], 7)
+    against = reference.pack_bits(code < 0)
+    made["signatures"].copy_(against.expand_as(made["signatures"]))
+    made["signatures"][:, :, 100:200] ^= 0xF0F
+    out, _ = ops.decode(**made, backend="cuda")
+    wanted, _ = expected(made)
+    torch.testing.assert_close(out.float(), wanted, atol=2e-2, rtol=2e-2)
 
 
 def test_empty_rows_give_zero():

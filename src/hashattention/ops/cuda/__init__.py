@@ -1,10 +1,12 @@
-"""CUDA C++ kernels for compute capability 9.0: the group code's decode step in two launches, compiled at first use.
+"""CUDA C++ kernels for compute capability 9.0: the group code's decode step in one launch or two.
 
-They serve 3-stage maps with one code, one signature and one selection a head; all else falls to the portable kernels.
+Compiled at first use. They serve maps of one or two hidden layers with one code, one signature and one selection a head;
+all else falls to the portable kernels.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +14,13 @@ import torch
 from torch import Tensor
 
 from hashattention.ops.cuda.build import find_compiler
-from hashattention.ops.cuda.step import ALONE, encode, launch, planes_of
+from hashattention.ops.cuda.step import Map, choose, describe, encode, encode_blocks, fuses, launch, planes_of
 
 __all__ = ["decode", "decode_step", "refuse"]
 
 SHORT = (torch.float16, torch.bfloat16)
-#: Shared memory of a block for all but its scores and its selected tokens, at most.
-RESERVED_BYTES = 48 * 1024
+#: As many rows the step encodes by itself; more share a launch of their own, which reads the maps once for all.
+FEW_ROWS = 24
 
 
 def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
@@ -55,9 +57,8 @@ def _refuse_pages(arguments: Mapping[str, Any]) -> str | None:
 def _refuse_length(arguments: Mapping[str, Any]) -> str | None:
     signatures, table = arguments["signatures"], arguments.get("block_table")
     tokens = signatures.shape[2] * (1 if table is None else table.shape[1])
-    # A cluster of 16 blocks keeps two bytes a token and four a selected one.
-    held = (2 * tokens + 4 * arguments["capacity"]) // 16 + RESERVED_BYTES
-    return f"{tokens} tokens a row are more than a cluster's shared memory holds" if held > ALONE else None
+    held = choose(0, 1, tokens, arguments["capacity"], 8 * 256)
+    return None if held else f"{tokens} tokens a row are more than a cluster's shared memory holds"
 
 
 def _refuse_attend(q: Tensor, arguments: Mapping[str, Any]) -> str | None:
@@ -75,12 +76,15 @@ def _refuse_attend(q: Tensor, arguments: Mapping[str, Any]) -> str | None:
 
 def _refuse_map(q: Tensor, arguments: Mapping[str, Any]) -> str | None:
     weights, heads = arguments["weights"], arguments["selection_heads"]
-    if len(weights) != 3 or weights[0].shape[0] != heads:
-        return "needs a map of 3 stages with one code a selection head"
+    if len(weights) not in (2, 3) or weights[0].shape[0] != heads:
+        return "needs a map of 2 or 3 stages with one code a selection head"
     if any(w.dtype != q.dtype or not w.is_contiguous() for w in weights):
         return "needs contiguous weights of the dtype of q"
-    if any(w.shape[-1] not in (32, 64, 128, 256) for w in weights):
-        return "needs stages 32 to 256 wide"
+    widths = [w.shape[-1] for w in weights]
+    if encode_blocks(weights[0].shape[1], 64, widths[:-1], widths[-1]) is None:
+        return (
+            f"needs hidden layers of a multiple of 64 entries that fit a cluster's shared memory, given {widths[:-1]}"
+        )
     return None
 
 
@@ -115,33 +119,36 @@ def decode_step(
     block_table: Tensor | None = None,
     new_key: tuple[Tensor, list[Tensor], list[Tensor]] | None = None,
     shape: tuple[int, int] | None = None,
-    early: bool | None = None,
+    fused: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op `decode`; `new_key` (k ``[B, Hkv, 1, D]``, phi_k's weights and biases) is encoded in the same launch as q.
 
-    Its signature goes to position ``end[b] - 1``. `early` starts the step while the encoding still runs; None: at
-    batch 1 alone, where it gains a little; in larger batches it takes the encoding's place on the chip.
+    Its signature goes to position ``end[b] - 1``. Few rows (requests times selection heads) are one launch, more are
+    two: `fused` says which, None as `FEW_ROWS` has it. `shape` forces (threads, blocks a row).
     """
     batch, heads = budgets.shape[:2]
     bits = weights[-1].shape[-1]
-    planes = torch.empty((batch, heads, planes_of(levels) + 1, bits // 32), dtype=torch.int32, device=q.device)
     out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
     logsumexp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    x = q.view(batch, heads, 1, -1)
-    encode(x, weights, biases, levels, planes, (*new_key, signatures, end, block_table) if new_key else None)
     tokens = signatures.shape[2] * (1 if block_table is None else block_table.shape[1])
-    tensors: dict[str, Tensor | None] = {
-        "planes": planes,
-        "signatures": signatures,
-        "start": start,
-        "end": end,
-        "budgets": budgets,
-    }
+    tensors: dict[str, Tensor | None] = {"signatures": signatures, "start": start, "end": end, "budgets": budgets}
     tensors |= {"table": block_table, "q": q, "k": k, "v": v, "out": out, "logsumexp": logsumexp}
-    launch(
-        0, heads=heads, batch=batch, capacity=capacity, bits=bits, levels=levels, tokens=tokens, tensors=tensors,
-        scale=scale, softcap=softcap, waits=batch == 1 if early is None else early, shape=shape,
+    run = functools.partial(
+        launch, heads=heads, batch=batch, capacity=capacity, bits=bits, levels=levels, tokens=tokens, tensors=tensors,
+        scale=scale, softcap=softcap, shape=shape,
     )  # fmt: skip
+    if new_key:
+        new_key = new_key[0].contiguous(), *new_key[1:]
+    hidden = fuses(q, heads, weights, new_key[1] if new_key else None)
+    x = q.view(batch, heads, 1, -1)
+    if hidden and (fused if fused is not None else heads * batch <= FEW_ROWS):
+        maps = describe(x, weights, biases), describe(*new_key) if new_key else Map()
+        run(3, hidden=hidden, maps=maps)
+        return out, logsumexp
+    planes = torch.empty((batch, heads, planes_of(levels) + 1, bits // 32), dtype=torch.int32, device=q.device)
+    encode(x, weights, biases, levels, planes, (*new_key, signatures, end, block_table) if new_key else None)
+    tensors["planes"] = planes
+    run(0)
     return out, logsumexp
 
 
@@ -162,7 +169,7 @@ def decode(
     mask: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As the op `decode`, in two launches."""
+    """As the op `decode`."""
     maps = [w.contiguous() for w in weights], [b.float().contiguous() for b in biases]
     start, end, budgets = start.contiguous(), end.contiguous(), budgets.contiguous()
     table = None if block_table is None else block_table.contiguous()

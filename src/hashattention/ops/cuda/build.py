@@ -43,7 +43,8 @@ def load(name: str, **constants: int) -> ctypes.CDLL:
     flags = ["-O3", "-std=c++17", "-gencode=arch=compute_90,code=sm_90", "--shared"]
     flags += ["-Xcompiler", "-fPIC,-fno-gnu-unique"]
     flags += [f"-D{key}={value}" for key, value in sorted(constants.items())]
-    digest = hashlib.sha256(source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
+    text = b"".join(part.read_bytes() for part in (source, *sorted(SOURCES.glob("*.cuh"))))
+    digest = hashlib.sha256(text + " ".join(flags).encode()).hexdigest()[:16]
     library = cache_folder() / f"{name}-{digest}.so"
     if not library.exists():
         compiler = find_compiler()

@@ -1,32 +1,11 @@
-// Every head's three-stage MLP in one launch: a cluster a head, each block a slice of every stage's columns, exchanged through
-// distributed shared memory. All weights of a block are asked for before the first product.
-// Built with: QUERY_IN, KEY_IN (0: no keys), HIDDEN0, HIDDEN1, BITS, LEVELS (0: bit code), PLANES, HALF.
-#include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <algorithm>
-#include <cstdint>
+// Encode many rows: every head's MLP on the tensor cores, a cluster a head and 32 requests; each block holds a slice of every stage's
+// columns, and the hidden layers go to every block through distributed shared memory as two 16-bit numbers, their value and what
+// rounding leaves of it, so that they lose next to nothing. All weights are asked for before the first product.
+// Built with: QUERY_IN, KEY_IN (0: no keys), HIDDEN0, HIDDEN1 (0: none), WORDS, LEVELS (0: bit code), PLANES, BLOCKS, HALF, and what
+// common.cuh asks for.
+#include "common.cuh"
 
-namespace cg = cooperative_groups;
-
-#ifdef PROFILE
-__device__ long long profile[64];
-#define MARK(i) if (threadIdx.x == 0 && blockIdx.x + blockIdx.y + blockIdx.z == 0) { long long t; asm volatile("mov.u64 %0, %%clock64;" : "=l"(t)); profile[i] = t; }
-extern "C" int read_profile(long long* to) { return cudaMemcpyFromSymbol(to, profile, sizeof(profile)); }
-#else
-#define MARK(i)
-#endif
-
-struct Map {
-    const void* x;                // [B, H, in], strides in entries
-    const void* weights[3];       // [H, in, out]
-    const void* biases[3];        // float32 [H, out]
-    int64_t x0, x1;
-    int heads;
-};
-
-struct Arguments {
+struct Batch {
     Map query, key;
     uint32_t* planes;             // [B, H, PLANES + 1, WORDS]
     uint32_t* signatures;         // cache, dense [B, H, T, WORDS] or pages [P, H, N, WORDS]
@@ -36,113 +15,119 @@ struct Arguments {
     int batch, tokens, table_width, page;
 };
 
-#if HALF
-typedef __half Short;
-__device__ __forceinline__ float2 widen(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-#else
-typedef __nv_bfloat16 Short;
-__device__ __forceinline__ float2 widen(uint32_t x) { return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-#endif
+constexpr int TILE = 32, STAGES = HIDDEN1 ? 3 : 2, LAST = HIDDEN1 ? HIDDEN1 : HIDDEN0, WIDEST_IN = QUERY_IN > KEY_IN ? QUERY_IN : KEY_IN;
+constexpr int COLUMNS0 = HIDDEN0 / BLOCKS, COLUMNS1 = HIDDEN1 / BLOCKS, COLUMNS2 = BITS / BLOCKS, SHARE = TILE / BLOCKS;
+// In 16-byte units: the weights, the inputs (later the second hidden layer), the first hidden layer.
+constexpr int WEIGHTS = (WIDEST_IN * COLUMNS0 + HIDDEN0 * COLUMNS1 + LAST * COLUMNS2) / 8;
+constexpr int INPUTS = TILE * (WIDEST_IN > 2 * HIDDEN1 ? WIDEST_IN : 2 * HIDDEN1) / 8, HIDDENS = 2 * TILE * HIDDEN0 / 8;
+constexpr int SHARED = (WEIGHTS + INPUTS + HIDDENS) * 16 + SHARE * BITS * 4;
+static_assert(COLUMNS0 % 8 == 0 && COLUMNS1 % 8 == 0 && COLUMNS2 % 8 == 0 && QUERY_IN % 64 == 0 && KEY_IN % 64 == 0 && HIDDEN0 % 64 == 0, "widths");
 
-constexpr int THREADS = 256, BLOCKS = 8, TILE = 8, WORDS = BITS / 32;
-constexpr int WIDEST = (QUERY_IN > KEY_IN ? QUERY_IN : KEY_IN);
-constexpr int LARGEST = HIDDEN0 > HIDDEN1 ? HIDDEN0 : HIDDEN1;
-
-// This thread's share of COLUMNS columns of a stage: IN rows, 16 bytes (or the block's whole slice, if narrower) at a time.
-template <int IN, int OUT>
-struct Slice {
-    static constexpr int COLUMNS = OUT / BLOCKS;
-    static constexpr int WIDTH = COLUMNS < 8 ? COLUMNS : 8;      // columns a thread
-    static constexpr int SEGMENTS = COLUMNS / WIDTH;
-    static constexpr int ROWS = THREADS / SEGMENTS;              // rows at once
-    static constexpr int EACH = (IN + ROWS - 1) / ROWS;
-    uint32_t words[EACH][WIDTH / 2];
-
-    __device__ __forceinline__ void load(const void* weights, int head, int rank) {
-        const Short* from = static_cast<const Short*>(weights) + int64_t(head) * IN * OUT + rank * COLUMNS + threadIdx.x % SEGMENTS * WIDTH;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int row = threadIdx.x / SEGMENTS + i * ROWS;
-#pragma unroll
-            for (int w = 0; w < WIDTH / 2; w++) words[i][w] = 0;
-            if (row < IN) {
-                const uint32_t* p = reinterpret_cast<const uint32_t*>(from + int64_t(row) * OUT);
-                if constexpr (WIDTH == 8) {
-                    asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(words[i][0]), "=r"(words[i][1]), "=r"(words[i][2]), "=r"(words[i][3]) : "l"(p));
-                } else if constexpr (WIDTH == 4) {
-                    asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(words[i][0]), "=r"(words[i][1]) : "l"(p));
-                } else {
-                    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(words[i][0]) : "l"(p));
-                }
-            }
-        }
-    }
-
-    // Every warp's sums of its rows' products, for each of the tile's inputs: sums[tile][warp][COLUMNS].
-    __device__ __forceinline__ void multiply(const float* x, int stride, int inputs, float* sums) {
-        int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-        for (int t = 0; t < inputs; t++) {
-            float total[WIDTH] = {};
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                int row = threadIdx.x / SEGMENTS + i * ROWS;
-                float value = IN % ROWS == 0 || row < IN ? x[t * stride + row] : 0;
-#pragma unroll
-                for (int w = 0; w < WIDTH / 2; w++) {
-                    float2 weight = widen(words[i][w]);
-                    total[w * 2] += value * weight.x, total[w * 2 + 1] += value * weight.y;
-                }
-            }
-            // Halve the columns a lane holds at each step: 8 shuffles where a butterfly of every column takes 32.
-            int column = 0;
-#pragma unroll
-            for (int half = WIDTH / 2, step = 16; half; half /= 2, step /= 2) {
-                bool upper = lane & step;
-                column = column * 2 + upper;
-#pragma unroll
-                for (int w = 0; w < half; w++) {
-                    float kept = upper ? total[w + half] : total[w], sent = upper ? total[w] : total[w + half];
-                    total[w] = kept + __shfl_xor_sync(~0u, sent, step);
-                }
-            }
-#pragma unroll
-            for (int step = 16 / WIDTH; step >= SEGMENTS; step /= 2) total[0] += __shfl_xor_sync(~0u, total[0], step);
-            if ((lane & (32 / WIDTH - 1)) < SEGMENTS) sums[(t * (THREADS / 32) + warp) * COLUMNS + lane % SEGMENTS * WIDTH + column] = total[0];
-        }
-    }
-};
-
-// Add the warps' sums and the bias, and give the result to every block of the cluster.
-template <int OUT, bool SILU>
-__device__ __forceinline__ void share(cg::cluster_group& cluster, const float* sums, const void* bias, int head, int inputs, float* to) {
-    constexpr int COLUMNS = OUT / BLOCKS;
-    int rank = cluster.block_rank();
-    for (int i = threadIdx.x; i < inputs * COLUMNS * BLOCKS; i += THREADS) {
-        int column = i % COLUMNS, block = i / COLUMNS % BLOCKS, t = i / COLUMNS / BLOCKS;
-        float total = static_cast<const float*>(bias)[int64_t(head) * OUT + rank * COLUMNS + column];
-#pragma unroll
-        for (int w = 0; w < THREADS / 32; w++) total += sums[(t * (THREADS / 32) + w) * COLUMNS + column];
-        if (SILU) total = total / (1 + __expf(-total));
-        cluster.map_shared_rank(to, block)[t * OUT + rank * COLUMNS + column] = total;
-    }
-    cluster.sync();
+// Where 16 bytes of a row lie, so that eight rows' same chunk falls into eight groups of banks.
+template <int WIDTH>
+__device__ __forceinline__ int place(int row, int chunk) {
+    constexpr int CHUNKS = WIDTH / 8;
+    if constexpr (CHUNKS >= 8) return row * CHUNKS + (chunk ^ (row & 7));
+    else return row * CHUNKS + (chunk ^ (row / (8 / CHUNKS) & (CHUNKS - 1)));
 }
 
-__device__ void write_planes(const Arguments& a, const float* logits, int request, int head) {
+__device__ __forceinline__ uint32_t address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+__device__ __forceinline__ void copy_async(uint4* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(address(to)), "l"(from) : "memory");
+}
+
+// This block's columns of one stage's weights [IN, OUT].
+template <int IN, int OUT>
+__device__ __forceinline__ void load_slice(uint4* to, const void* weights, int head, int rank) {
+    constexpr int COLUMNS = OUT / BLOCKS, CHUNKS = COLUMNS / 8;
+    const Short* from = static_cast<const Short*>(weights) + int64_t(head) * IN * OUT + rank * COLUMNS;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < IN * CHUNKS; i += THREADS) copy_async(to + place<COLUMNS>(i / CHUNKS, i % CHUNKS), from + (i / CHUNKS) * OUT + i % CHUNKS * 8);
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if HALF
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Rows of TERMS matrices [TILE, IN] times this block's columns of a stage; emit(row, column in the stage, two neighbours).
+template <int TERMS, int IN, int OUT, typename Emit>
+__device__ __forceinline__ void products(const uint4* rows, const uint4* slice, const void* bias, int head, int rank, Emit emit) {
+    constexpr int COLUMNS = OUT / BLOCKS;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    for (int tile = warp; tile < COLUMNS / 8; tile += WARPS) {
+        float sum[2][TERMS][4] = {};
+#pragma unroll 4
+        for (int k = 0; k < IN; k += 16) {
+            uint32_t b0, b1;
+            asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                         : "=r"(b0), "=r"(b1) : "r"(address(slice + place<COLUMNS>(k + (lane & 15), tile))));
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+#pragma unroll
+                for (int t = 0; t < TERMS; t++) {
+                    uint32_t a[4];
+                    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                                 : "r"(address(rows + t * (TILE * IN / 8) + place<IN>(m * 16 + (lane & 15), k / 8 + (lane >> 4)))));
+                    multiply(sum[m][t], a, b0, b1);
+                }
+            }
+        }
+        int column = rank * COLUMNS + tile * 8 + (lane & 3) * 2;
+        float2 b = *reinterpret_cast<const float2*>(static_cast<const float*>(bias) + int64_t(head) * OUT + column);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int m = i >> 1, e = (i & 1) * 2;
+            float low = sum[m][0][e] + b.x, high = sum[m][0][e + 1] + b.y;
+            if (TERMS == 2) low += sum[m][TERMS - 1][e], high += sum[m][TERMS - 1][e + 1];
+            emit(m * 16 + (lane >> 2) + (i & 1) * 8, column, low, high);
+        }
+    }
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1 + __expf(-x)); }
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+#if HALF
+    __half2 x = __floats2half2_rn(low, high);
+#else
+    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+#endif
+    return *reinterpret_cast<uint32_t*>(&x);
+}
+
+// A hidden layer's two neighbours to every block, as their value and its rest.
+template <int WIDTH>
+__device__ __forceinline__ void share_hidden(cg::cluster_group& cluster, uint4* layer, int row, int column, float low, float high) {
+    low = silu(low), high = silu(high);
+    uint32_t value = pack(low, high);
+    float2 kept = widen(value);
+    uint32_t rest = pack(low - kept.x, high - kept.y);
+    int at = place<WIDTH>(row, column / 8) * 4 + (column & 7) / 2;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+        uint32_t* to = reinterpret_cast<uint32_t*>(cluster.map_shared_rank(layer, b));
+        to[at] = value, to[at + TILE * WIDTH / 2] = rest;
+    }
+}
+
+__device__ void write_planes(const Batch& a, const float* logits, int request, int head) {
     int lane = threadIdx.x & 31;
     uint32_t* to = a.planes + (int64_t(request) * a.query.heads + head) * (PLANES + 1) * WORDS;
-    float top = 0;
+    uint32_t top = 0;
 #pragma unroll
-    for (int w = 0; w < WORDS; w++) top = fmaxf(top, fabsf(logits[w * 32 + lane]));
-#pragma unroll
-    for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    float scale = fmaxf(__fdiv_rn(top, LEVELS ? LEVELS : 1), 1.1754943508222875e-38f);
+    for (int w = 0; w < WORDS; w++) top = max(top, __float_as_uint(fabsf(logits[w * 32 + lane])));
+    // Floats above 0 are ordered as their bits are.
+    float scale = __fdividef(LEVELS, fmaxf(__uint_as_float(__reduce_max_sync(~0u, top)), 1e-30f));
 #pragma unroll
     for (int w = 0; w < WORDS; w++) {
         float logit = logits[w * 32 + lane];
-        int code = LEVELS ? max(-LEVELS, min(LEVELS, __float2int_rn(__fdiv_rn(logit, scale)))) : (logit > 0 ? 1 : -1);
+        int code = LEVELS ? __float2int_rn(logit * scale) : (logit > 0 ? 1 : -1);
         uint32_t sign = __ballot_sync(~0u, code < 0);
         if (lane == 0) to[w] = sign;
 #pragma unroll
@@ -153,7 +138,7 @@ __device__ void write_planes(const Arguments& a, const float* logits, int reques
     }
 }
 
-__device__ void write_signature(const Arguments& a, const float* logits, int request, int head) {
+__device__ void write_signature(const Batch& a, const float* logits, int request, int head) {
     int lane = threadIdx.x & 31, token = a.position[request] - 1;
     int64_t place = 0;
     if (token < 0 || token >= a.tokens) return;
@@ -167,71 +152,65 @@ __device__ void write_signature(const Arguments& a, const float* logits, int req
 }
 
 template <int IN, bool KEY>
-__device__ __forceinline__ void encode(const Arguments& a, const Map& map, int head, float* x, float* sums, float* hidden0, float* hidden1, float* logits) {
+__device__ __forceinline__ void encode(const Batch& a, const Map& map, int head, char* memory) {
     cg::cluster_group cluster = cg::this_cluster();
-    int rank = cluster.block_rank(), warp = threadIdx.x >> 5;
-    Slice<IN, HIDDEN0> slice0;
-    Slice<HIDDEN0, HIDDEN1> slice1;
-    Slice<HIDDEN1, BITS> slice2;
-    slice0.load(map.weights[0], head, rank);
-    slice1.load(map.weights[1], head, rank);
-    slice2.load(map.weights[2], head, rank);
-    MARK(1);
-    for (int first = blockIdx.z * TILE; first < a.batch; first += gridDim.z * TILE) {
-        int inputs = min(TILE, a.batch - first);
-#pragma unroll
-        for (int i = threadIdx.x; i < TILE * IN / 8; i += THREADS) {
-            if (i * 8 >= inputs * IN) break;
-            uint4 from = *reinterpret_cast<const uint4*>(static_cast<const Short*>(map.x) + (first + i * 8 / IN) * map.x0 + head * map.x1 + i * 8 % IN);
-            float2* to = reinterpret_cast<float2*>(x + i * 8);
-            to[0] = widen(from.x), to[1] = widen(from.y), to[2] = widen(from.z), to[3] = widen(from.w);
-        }
-        __syncthreads();
-        MARK(2);
-        slice0.multiply(x, IN, inputs, sums);
-        MARK(3);
-        // Every block must have started, and be done with the tile before, when another writes to its memory.
-        cluster.sync();
-        MARK(4);
-        share<HIDDEN0, true>(cluster, sums, map.biases[0], head, inputs, hidden0);
-        MARK(5);
-        slice1.multiply(hidden0, HIDDEN0, inputs, sums);
-        __syncthreads();
-        share<HIDDEN1, true>(cluster, sums, map.biases[1], head, inputs, hidden1);
-        MARK(6);
-        slice2.multiply(hidden1, HIDDEN1, inputs, sums);
-        __syncthreads();
-        share<BITS, false>(cluster, sums, map.biases[2], head, inputs, logits);
-        MARK(7);
-        if (rank == warp && warp < inputs) {
-            if (KEY) write_signature(a, logits + warp * BITS, first + warp, head);
-            else write_planes(a, logits + warp * BITS, first + warp, head);
-        }
+    int rank = cluster.block_rank(), first = blockIdx.z * TILE;
+    uint4 *weights = reinterpret_cast<uint4*>(memory), *inputs = weights + WEIGHTS, *hidden = inputs + INPUTS;
+    float* logits = reinterpret_cast<float*>(hidden + HIDDENS);
+    uint4 *slice1 = weights + IN * COLUMNS0 / 8, *slice2 = slice1 + HIDDEN0 * COLUMNS1 / 8;
+    for (int i = threadIdx.x; i < TILE * IN / 8; i += THREADS) {
+        int row = i / (IN / 8), chunk = i % (IN / 8);
+        // Rows beyond the batch repeat the last one; nobody reads what they give.
+        copy_async(inputs + place<IN>(row, chunk), static_cast<const Short*>(map.x) + min(first + row, a.batch - 1) * map.x0 + head * map.x1 + chunk * 8);
     }
-    MARK(8);
+    load_slice<IN, HIDDEN0>(weights, map.weights[0], head, rank);
+    asm volatile("cp.async.commit_group;");
+    if constexpr (HIDDEN1 > 0) load_slice<HIDDEN0, HIDDEN1>(slice1, map.weights[1], head, rank);
+    load_slice<LAST, BITS>(slice2, map.weights[STAGES - 1], head, rank);
+    asm volatile("cp.async.commit_group;");
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    // Every block must have started when another writes to its memory.
+    cluster.sync();
+    products<1, IN, HIDDEN0>(inputs, weights, map.biases[0], head, rank,
+                             [&](int row, int column, float low, float high) { share_hidden<HIDDEN0>(cluster, hidden, row, column, low, high); });
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    cluster.sync();
+    if constexpr (HIDDEN1 > 0) {
+        products<2, HIDDEN0, HIDDEN1>(hidden, slice1, map.biases[1], head, rank,
+                                      [&](int row, int column, float low, float high) { share_hidden<HIDDEN1>(cluster, inputs, row, column, low, high); });
+        cluster.sync();
+    }
+    products<2, LAST, BITS>(HIDDEN1 ? inputs : hidden, slice2, map.biases[STAGES - 1], head, rank, [&](int row, int column, float low, float high) {
+        *reinterpret_cast<float2*>(cluster.map_shared_rank(logits, row / SHARE) + row % SHARE * BITS + column) = make_float2(low, high);
+    });
+    cluster.sync();
+    for (int i = threadIdx.x >> 5; i < SHARE; i += WARPS) {
+        int request = first + rank * SHARE + i;
+        if (request >= a.batch) break;
+        if (KEY) write_signature(a, logits + i * BITS, request, head);
+        else write_planes(a, logits + i * BITS, request, head);
+    }
 }
 
-__global__ void __launch_bounds__(THREADS, 2) encode_all(const __grid_constant__ Arguments a) {
-    __shared__ __align__(16) float x[TILE * WIDEST], sums[TILE * (THREADS / 32) * LARGEST / BLOCKS], hidden0[TILE * HIDDEN0], hidden1[TILE * HIDDEN1], logits[TILE * BITS];
-    asm volatile("griddepcontrol.launch_dependents;");
-    MARK(0);
+__global__ void __launch_bounds__(THREADS) encode_all(const __grid_constant__ Batch a) {
+    extern __shared__ __align__(16) char memory[];
 #if KEY_IN
-    if (blockIdx.y >= a.query.heads) return encode<KEY_IN, true>(a, a.key, blockIdx.y - a.query.heads, x, sums, hidden0, hidden1, logits);
+    if (blockIdx.y >= a.query.heads) return encode<KEY_IN, true>(a, a.key, blockIdx.y - a.query.heads, memory);
 #endif
-    encode<QUERY_IN, false>(a, a.query, blockIdx.y, x, sums, hidden0, hidden1, logits);
+    encode<QUERY_IN, false>(a, a.query, blockIdx.y, memory);
 }
 
-extern "C" int run(const Arguments* a, int keys, cudaStream_t stream) {
+extern "C" int run(const Batch* a, int keys, cudaStream_t stream) {
     static bool allowed = false;
     if (!allowed) {
-        cudaError_t error = cudaFuncSetAttribute(encode_all, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        cudaError_t error = cudaFuncSetAttribute(encode_all, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
         if (error != cudaSuccess) return error;
         allowed = true;
     }
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {BLOCKS, 1, 1};
-    dim3 grid(BLOCKS, a->query.heads + (keys ? a->key.heads : 0), std::min((a->batch + TILE - 1) / TILE, 16));
-    cudaLaunchConfig_t config = {grid, dim3(THREADS), 0, stream, &attribute, 1};
+    dim3 grid(BLOCKS, a->query.heads + (keys ? a->key.heads : 0), (a->batch + TILE - 1) / TILE);
+    cudaLaunchConfig_t config = {grid, dim3(THREADS), SHARED, stream, &attribute, 1};
     return cudaLaunchKernelEx(&config, encode_all, *a);
 }

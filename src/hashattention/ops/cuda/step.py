@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,23 @@ from hashattention.errors import BackendError
 from hashattention.ops.cuda.build import load
 
 LONG, INT, FLOAT, POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
-#: Shared memory a block may have: alone on its multiprocessor, with one other, with three others.
-ALONE, PAIRED, QUARTER = 227 * 1024, 113 * 1024, 56 * 1024
+
+
+class Map(ctypes.Structure):
+    """`Map` of common.cuh and encode.cu."""
+
+    _fields_ = (
+        ("x", POINTER),
+        ("weights", POINTER * 3),
+        ("biases", POINTER * 3),
+        ("x0", LONG),
+        ("x1", LONG),
+        ("heads", INT),
+    )
 
 
 class Step(ctypes.Structure):
-    """`Arguments` of step.cu."""
+    """`Arguments` of common.cuh."""
 
     _fields_ = (
         *(
@@ -47,28 +58,14 @@ class Step(ctypes.Structure):
                 "capacity",
                 "table_width",
                 "page_shift",
-                "page_shift_s",
                 "ratio",
-                "segment_capacity",
                 "list_capacity",
-                "waits",
             )
         ),
         ("scale", FLOAT),
         ("softcap", FLOAT),
-    )
-
-
-class Map(ctypes.Structure):
-    """`Map` of encode.cu."""
-
-    _fields_ = (
-        ("x", POINTER),
-        ("weights", POINTER * 3),
-        ("biases", POINTER * 3),
-        ("x0", LONG),
-        ("x1", LONG),
-        ("heads", INT),
+        ("query", Map),
+        ("key", Map),
     )
 
 
@@ -98,32 +95,73 @@ def planes_of(levels: int) -> int:
     return max(levels, 1).bit_length()
 
 
-@functools.cache
-def choose(library: ctypes.CDLL, rows: int, tokens: int, capacity: int) -> tuple[int, int, int, int, int] | None:
-    """Threads, blocks a row, slots and entries a block keeps, shared bytes: the smallest cluster that fills the chip
-    and fits.
+def describe(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Map:
+    """The inputs ``[B, H, 1, in]`` and the map of one code."""
+    pointers = (POINTER * 3)(*map(_pointer, weights)), (POINTER * 3)(*map(_pointer, biases))
+    return Map(x.data_ptr(), *pointers, x.stride(0), x.stride(1), weights[0].shape[0])
+
+
+#: So many blocks keep every multiprocessor busy.
+FULL = 128
+
+
+class Shape(NamedTuple):
+    """How rows are launched: threads of a block, blocks of a row, slots of a block's list, shared bytes of a block."""
+
+    threads: int
+    blocks: int
+    slots: int
+    shared: int
+
+
+#: How many blocks of so many threads share a multiprocessor; selection alone takes fewer registers.
+RESIDENT = {512: 1, 256: 2}
+RESIDENT_SELECTING = {512: 1, 256: 3}
+#: Shared memory of a multiprocessor, and what each block takes beside its own.
+SHARED_BYTES, BLOCK_BYTES = 228 * 1024, 1024
+#: (threads, blocks a row), from few rows to many.
+SHAPES = ((256, 16), (256, 8), (256, 4), (256, 2), (256, 1))
+
+
+def residents(mode: int, threads: int) -> int:
+    """Blocks of `threads` threads that the registers of a multiprocessor hold."""
+    return (RESIDENT_SELECTING if mode == 1 else RESIDENT)[threads]
+
+
+def fit(
+    mode: int, threads: int, blocks: int, tokens: int, capacity: int, outputs: int, workspace: int = 0
+) -> Shape | None:
+    """The shape for rows of `tokens` tokens of which `capacity` are taken, `outputs` numbers a row and `workspace`
+    floats for the encoding; None if a block's shared memory is too small. `Shared` of common.cuh.
     """
-    options: list[tuple[int, int, int, int, int]] = []
-    for blocks in (16, 8, 4, 2, 1):
-        segment = math.ceil((tokens + 8) / (blocks * 8)) * 8
-        slots = math.ceil(capacity / blocks / 4) * 4
-        for threads, most in ((512, ALONE), (256, PAIRED), (128, QUARTER)):
-            shared = library.shared_bytes(slots, segment, threads)
-            if shared <= most:
-                options.append((threads, blocks, slots, segment, shared))
-    paired = [o for o in options if o[0] == 256]
-    for option in options:
-        if option[0] == 512 and option[1] == 16 and rows <= library.most_clusters(512, 16, option[4]):
-            return option
-    # Many rows: small blocks, of which a multiprocessor runs several at different stages.
-    small = [o for o in options if o[0] == 128 and o[1] <= 4 and rows * o[1] >= 256]
-    if small:
-        return small[-1]
-    fitting = [o for o in paired if rows * o[1] <= 264]
-    if fitting:
-        return fitting[0]
-    either = paired or options
-    return either[-1] if either else None
+    segment = math.ceil(tokens / (blocks * 128)) * 128
+    slots = math.ceil(capacity / blocks / 4) * 4
+    parts = 0 if mode == 1 else threads // 32 * (outputs + 16) * 4
+    rest = max(segment, parts, workspace * 4)
+    shared = blocks * (256 * 2 + 64) + 256 * 4 + 256 + outputs * 4 + slots * 4 + rest
+    fits = (shared + BLOCK_BYTES) * residents(mode, threads) <= SHARED_BYTES and segment <= 1 << 16
+    return Shape(threads, blocks, slots, shared) if fits else None
+
+
+def choose(mode: int, rows: int, tokens: int, capacity: int, outputs: int) -> Shape | None:
+    """The fewest blocks a row that fill the chip; None if a row is too long for any."""
+    shapes = [shape for pair in SHAPES if (shape := fit(mode, *pair, tokens, capacity, outputs))]
+    filling = [s for s in shapes if rows * s.blocks >= FULL]
+    return filling[-1] if filling else shapes[0] if shapes else None
+
+
+def encode_blocks(query_in: int, key_in: int, hidden: list[int], bits: int) -> int | None:
+    """Blocks of a cluster of encode.cu: the fewest whose slices of these widths fit their shared memory, or None."""
+    first, second = hidden[0], hidden[1] if len(hidden) > 1 else 0
+    widest = max(query_in, key_in)
+    if any(width % 64 for width in (query_in, key_in, *hidden)):
+        return None
+    for blocks in (4, 8):
+        weights = (widest * first + first * second + hidden[-1] * bits) // blocks * 2
+        held = weights + 64 * max(widest, 2 * second) + 128 * first + 32 // blocks * bits * 4
+        if held <= SHARED_BYTES - BLOCK_BYTES and bits % (8 * blocks) == 0:
+            return blocks
+    return None
 
 
 def encode(
@@ -137,17 +175,15 @@ def encode(
     """Queries ``[B, H, 1, in]`` to bit planes, and, if given, the new key (k, weights, biases, cache, end, block table)
     to its signature.
     """
-    hidden = [w.shape[-1] for w in weights]
+    hidden = [w.shape[-1] for w in weights[:-1]]
+    bits, query_in = weights[-1].shape[-1], weights[0].shape[1]
     key_in = new_key[1][0].shape[1] if new_key else 0
+    blocks = encode_blocks(query_in, key_in, hidden, bits)
     library = load(
-        "encode", QUERY_IN=weights[0].shape[1], KEY_IN=key_in, HIDDEN0=hidden[0], HIDDEN1=hidden[1], BITS=hidden[2],
-        LEVELS=levels, PLANES=planes_of(levels), HALF=int(q.dtype == torch.float16),
+        "encode", QUERY_IN=query_in, KEY_IN=key_in, HIDDEN0=hidden[0], HIDDEN1=hidden[1] if len(hidden) > 1 else 0,
+        LEVELS=levels, PLANES=planes_of(levels), WORDS=bits // 32, HALF=int(q.dtype == torch.float16),
+        THREADS=256, BLOCKS=blocks, HEAD_DIM=64, ROWS=1, PAGED=0, MODE=0, RESIDENT=1,
     )  # fmt: skip
-
-    def describe(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Map:
-        pointers = (POINTER * 3)(*map(_pointer, weights)), (POINTER * 3)(*map(_pointer, biases))
-        return Map(x.data_ptr(), *pointers, x.stride(0), x.stride(1), weights[0].shape[0])
-
     arguments = Encode(query=describe(q, weights, biases), planes=planes.data_ptr(), batch=q.shape[0])
     if new_key:
         k, key_weights, key_biases, cache, end, table = new_key
@@ -158,6 +194,20 @@ def encode(
         arguments.tokens = cache.shape[2] * (1 if table is None else table.shape[1])
     stream = torch.cuda.current_stream(q.device).cuda_stream
     _check(library.run(ctypes.byref(arguments), int(new_key is not None), POINTER(stream)), "encode")
+
+
+def fuses(q: Tensor, heads: int, weights: list[Tensor], new_key: list[Tensor] | None) -> tuple[int, int] | None:
+    """Widths of the hidden layers if the step can encode by itself, else None."""
+    hidden = [w.shape[-1] for w in weights[:-1]]
+    if len(hidden) not in (1, 2) or any(width not in (128, 256, 512) for width in hidden):
+        return None
+    if weights[0].shape[1] != q.shape[1] // heads * q.shape[-1]:
+        return None
+    if new_key is not None:
+        widths = [w.shape[-1] for w in new_key]
+        if widths != [w.shape[-1] for w in weights] or new_key[0].shape[:2] != (heads, q.shape[-1]):
+            return None
+    return hidden[0], hidden[1] if len(hidden) == 2 else 0
 
 
 def launch(
@@ -172,32 +222,30 @@ def launch(
     tensors: dict[str, Tensor | None],
     scale: float = 1.0,
     softcap: float = 0.0,
-    waits: bool = False,
     shape: tuple[int, int] | None = None,
+    hidden: tuple[int, int] = (0, 0),
+    maps: tuple[Map, Map] | None = None,
 ) -> None:
-    """Launch step.cu on named tensors; mode 0: the whole step, 1: select only, 2: attend only. `shape` forces (threads,
-    blocks).
+    """Launch step.cu on named tensors; mode 0: the whole step, 1: select only, 2: attend only, 3: the whole step with
+    the encoding by `maps` of these `hidden` widths. `shape` forces (threads, blocks).
     """
     q, k, v, signatures, table = (tensors.get(name) for name in ("q", "k", "v", "signatures", "table"))
-    dim = 64 if q is None else q.shape[-1]
-    per_row = 1 if q is None else q.shape[1] // heads
-    bins = max(64, 1 << (bits * max(levels, 1) + 1).bit_length())
-    constants = {"HEAD_DIM": dim, "ROWS": per_row, "WORDS": bits // 32, "PLANES": planes_of(levels), "BINS": bins}
-    library = load(
-        "step", **constants, PAGED=int(table is not None), HALF=int(q is not None and q.dtype == torch.float16)
-    )
-    chosen = choose(library, heads * batch, tokens if mode < 2 else 0, capacity if mode != 1 else 4)
-    if shape:
-        threads, blocks = shape[:2]
-        slots, segment = math.ceil(capacity / blocks / 4) * 4, math.ceil((tokens + 8) / (blocks * 8)) * 8
-        chosen = threads, blocks, slots, segment, max(library.shared_bytes(slots, segment, threads), *shape[2:], 0)
+    rows, held, taken = heads * batch, tokens if mode != 2 else 0, capacity if mode != 1 else 4
+    outputs = 64 if q is None else q.shape[1] // heads * q.shape[-1]
+    if mode == 3:
+        shape = shape or (512 if max(hidden) > 256 else 256, 8)
+        chosen = fit(
+            mode, *shape, held, taken, outputs, workspace(hidden, bits, *shape, 0 if q is None else q.shape[-1])
+        )
+    else:
+        chosen = fit(mode, *shape, held, taken, outputs) if shape else choose(mode, rows, held, taken, outputs)
     if chosen is None:
         raise BackendError(f"{tokens} tokens a row do not fit the shared memory of a cluster. Use backend='triton'.")
-    threads, blocks, slots, segment, shared = chosen
+    library = load_step(mode, chosen, q, heads, bits, levels, table is not None, hidden if mode == 3 else (0, 0))
     arguments = Step(**{name: _pointer(tensor) for name, tensor in tensors.items()})
     if signatures is not None:
         arguments.s0, arguments.s1 = signatures.stride(0), signatures.stride(1)
-        arguments.page_shift_s = arguments.page_shift = signatures.shape[2].bit_length() - 1 if table is not None else 0
+        arguments.page_shift = signatures.shape[2].bit_length() - 1 if table is not None else 0
     if q is not None and k is not None and v is not None:
         arguments.k0, arguments.k1, arguments.k2 = k.stride()[:3]
         arguments.v0, arguments.v1, arguments.v2 = v.stride()[:3]
@@ -205,9 +253,27 @@ def launch(
         arguments.ratio = heads // k.shape[1]
         arguments.page_shift = k.shape[2].bit_length() - 1 if table is not None else 0
     arguments.table_width = 0 if table is None else table.shape[1]
-    arguments.tokens, arguments.capacity, arguments.waits = tokens, capacity, int(waits)
-    arguments.list_capacity, arguments.segment_capacity = slots, segment
-    arguments.scale, arguments.softcap = scale, softcap
+    arguments.tokens, arguments.capacity = tokens, capacity
+    arguments.list_capacity, arguments.scale, arguments.softcap = chosen.slots, scale, softcap
+    if maps is not None:
+        arguments.query, arguments.key = maps
     device = next(t for t in tensors.values() if t is not None).device
     stream = torch.cuda.current_stream(device).cuda_stream
-    _check(library.run(ctypes.byref(arguments), mode, threads, blocks, heads, batch, shared, POINTER(stream)), "step")
+    _check(library.run(ctypes.byref(arguments), heads, batch, chosen.shared, POINTER(stream)), "step")
+
+
+def load_step(
+    mode: int, shape: Shape, q: Tensor | None, heads: int, bits: int, levels: int, paged: bool, hidden: tuple[int, int]
+) -> ctypes.CDLL:
+    """The step compiled for one mode and shape."""
+    return load(
+        "step", HEAD_DIM=64 if q is None else q.shape[-1], ROWS=1 if q is None else q.shape[1] // heads,
+        WORDS=bits // 32, PLANES=planes_of(levels), LEVELS=levels, PAGED=int(paged),
+        HALF=int(q is not None and q.dtype == torch.float16), HIDDEN0=hidden[0], HIDDEN1=hidden[1],
+        MODE=mode, THREADS=shape.threads, BLOCKS=shape.blocks, RESIDENT=residents(mode, shape.threads),
+    )  # fmt: skip
+
+
+def workspace(hidden: tuple[int, int], bits: int, threads: int, blocks: int, head_dim: int) -> int:
+    """Floats of shared memory that encoding takes: a query's (`Workspace` of encode_one.cuh) or a key's."""
+    return max(4096 + 128 + hidden[1] + blocks * bits, threads * 8 + head_dim + sum(hidden) + bits)

@@ -1,0 +1,176 @@
+// Attend: an online softmax over a block's share of the selected rows, 16 tokens a warp at a time, then over warps and blocks.
+#pragma once
+#include "common.cuh"
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+__device__ __forceinline__ uint4 load16(const void* p) {
+    uint4 r;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+    return r;
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if HALF
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+#if HALF
+    __half2 x = __floats2half2_rn(low, high);
+#else
+    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+#endif
+    return *reinterpret_cast<uint32_t*>(&x);
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// How each of COUNT partial softmaxes (maximum and sum, base 2) enters their merge.
+template <int COUNT>
+__device__ __forceinline__ void merge(const float* tops, const float* sums, int stride, float (&factors)[COUNT], float& high, float& weight) {
+    high = -INFINITY, weight = 0;
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) factors[j] = tops[j * stride], high = fmaxf(high, factors[j]);
+    float safe = high == -INFINITY ? 0 : high;
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) factors[j] = exp2_fast(factors[j] - safe), weight += factors[j] * sums[j * stride];
+}
+
+__device__ __forceinline__ void attend(cg::cluster_group& cluster, const Arguments& a, Shared& s, int length, int request, int head, int64_t row_id) {
+    constexpr int CHUNKS = HEAD_DIM / 32, HALVES = HEAD_DIM / 64;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
+    int kv_head = head / a.ratio;
+    const char* k = reinterpret_cast<const char*>(a.k) + (kv_head * a.k1 + (PAGED ? 0 : request * a.k0)) * 2;
+    const char* v = reinterpret_cast<const char*>(a.v) + (kv_head * a.v1 + (PAGED ? 0 : request * a.v0)) * 2;
+    const char* q = reinterpret_cast<const char*>(a.q) + (request * a.q0 + int64_t(head * ROWS + g) * a.q1) * 2;
+    uint4 query[CHUNKS];
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) query[i] = g < ROWS ? *reinterpret_cast<const uint4*>(q + i * 64 + c * 16) : make_uint4(0, 0, 0, 0);
+    float acc[HALVES * 4][4] = {};
+    float top = -INFINITY, sum = 0;
+    int mask = (1 << a.page_shift) - 1;
+    auto place = [&](const char* base, int64_t d0, int64_t d2, int slot) {
+        if (PAGED) return base + ((slot >> a.page_shift) * d0 + (slot & mask) * d2) * 2;
+        return base + slot * d2 * 2;
+    };
+    // Slots beyond the end repeat the last token, at weight 0: what is not selected may hold anything.
+    uint4 key[2][CHUNKS], value[4][HALVES];
+    auto load_keys = [&](int begin) {
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+            const char* from = place(k, a.k0, a.k2, s.list[min(begin + t * 8 + g, length - 1)]) + c * 16;
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++) key[t][i] = load16(from + i * 64);
+        }
+    };
+    auto load_values = [&](int begin) {
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            const char* from = place(v, a.v0, a.v2, s.list[min(begin + (t >> 1) * 8 + c * 2 + (t & 1), length - 1)]) + g * 16;
+#pragma unroll
+            for (int h = 0; h < HALVES; h++) value[t][h] = load16(from + h * 128);
+        }
+    };
+    for (int begin = warp * 16; begin < length; begin += WARPS * 16) {
+        load_keys(begin), load_values(begin);
+        float logit[2][4] = {};
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++) {
+                mma(logit[t], query[i].x, 0, query[i].y, 0, key[t][i].x, key[t][i].y);
+                mma(logit[t], query[i].z, 0, query[i].w, 0, key[t][i].z, key[t][i].w);
+            }
+        }
+        float p[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float x = logit[i >> 1][i & 1] * a.scale;
+            if (a.softcap != 0) x = a.softcap * tanhf(x / a.softcap);
+            p[i] = begin + (i >> 1) * 8 + c * 2 + (i & 1) < length ? x * LOG2E : -INFINITY;
+        }
+        float higher = fmaxf(fmaxf(p[0], p[1]), fmaxf(p[2], p[3]));
+        higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, 1));
+        higher = fmaxf(fmaxf(higher, __shfl_xor_sync(~0u, higher, 2)), top);
+        if (__any_sync(~0u, higher > top)) {
+            float fade = exp2_fast(top - higher);
+            sum *= fade;
+            float even = __shfl_sync(~0u, fade, c * 8), odd = __shfl_sync(~0u, fade, c * 8 + 4);
+#pragma unroll
+            for (int j = 0; j < HALVES * 4; j++) acc[j][0] *= even, acc[j][1] *= odd, acc[j][2] *= even, acc[j][3] *= odd;
+            top = higher;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum += p[i] = exp2_fast(p[i] - top);
+        uint32_t b0 = pack(p[0], p[1]), b1 = pack(p[2], p[3]);
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+            const uint32_t *v0 = &value[0][h].x, *v1 = &value[1][h].x, *v2 = &value[2][h].x, *v3 = &value[3][h].x;
+#pragma unroll
+            for (int w = 0; w < 4; w++)
+                mma(acc[h * 4 + w], __byte_perm(v0[w], v1[w], 0x5410), __byte_perm(v0[w], v1[w], 0x7632), __byte_perm(v2[w], v3[w], 0x5410),
+                    __byte_perm(v2[w], v3[w], 0x7632), b0, b1);
+        }
+    }
+    MARK(12);
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+
+    // The warps' parts, then the blocks'. The scores are no longer needed.
+    float* parts = s.scratch();
+    float *tops = parts + WARPS * ROWS * HEAD_DIM, *sums = tops + WARPS * 8;
+    if (c == 0) tops[warp * 8 + g] = top, sums[warp * 8 + g] = sum;
+#pragma unroll
+    for (int j = 0; j < HALVES * 4; j++) {
+        int d = (j >> 2) * 64 + g * 8 + (j & 3) * 2;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int r = c * 2 + e;
+            if (r < ROWS) *reinterpret_cast<float2*>(parts + (warp * ROWS + r) * HEAD_DIM + d) = make_float2(acc[j][e], acc[j][e + 2]);
+        }
+    }
+    __syncthreads();
+    constexpr int SHARE = ROWS * HEAD_DIM / BLOCKS;
+    int rank = cluster.block_rank();
+    for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += THREADS) {
+        int r = i / HEAD_DIM;
+        float high, weight, value = 0, factors[WARPS];
+        merge<WARPS>(tops + r, sums + r, 8, factors, high, weight);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) value += factors[w] * parts[w * ROWS * HEAD_DIM + i];
+        cluster.map_shared_rank(s.parts, i / SHARE)[rank * SHARE + i % SHARE] = value;
+        if (i % HEAD_DIM < BLOCKS) {
+            float* to = cluster.map_shared_rank(s.stats, i % HEAD_DIM) + rank * 16 + r;
+            to[0] = high, to[8] = weight;
+        }
+    }
+    MARK(13);
+    cluster.sync();
+    MARK(14);
+    // Few threads a block: each sums its output over the blocks, in order, so that every run gives the same bits.
+    for (int i = threadIdx.x; i < SHARE; i += THREADS) {
+        int r = (rank * SHARE + i) / HEAD_DIM;
+        float high, weight, value = 0, factors[BLOCKS];
+        merge<BLOCKS>(s.stats + r, s.stats + 8 + r, 16, factors, high, weight);
+#pragma unroll
+        for (int j = 0; j < BLOCKS; j++) value += factors[j] * s.parts[j * SHARE + i];
+        float result = weight > 0 ? value / weight : 0;
+        int64_t place = row_id * ROWS * HEAD_DIM + rank * SHARE + i;
+#if HALF
+        reinterpret_cast<__half*>(a.out)[place] = __float2half_rn(result);
+#else
+        reinterpret_cast<__nv_bfloat16*>(a.out)[place] = __float2bfloat16_rn(result);
+#endif
+        if ((rank * SHARE + i) % HEAD_DIM == 0) a.logsumexp[row_id * ROWS + r] = weight > 0 ? (high + log2f(weight)) * 0.6931471805599453f : -INFINITY;
+    }
+    MARK(15);
+}
