@@ -1,7 +1,7 @@
 """CUDA C++ kernels for compute capability 9.0: the group code's decode step in one launch or two.
 
-Compiled at first use. They serve maps of one or two hidden layers with one code, one signature and one selection a head;
-all else falls to the portable kernels.
+Compiled at first use. They serve maps of one or two hidden layers with one code, one signature and one selection a
+head; all else falls to the portable kernels.
 """
 
 from __future__ import annotations
