@@ -20,7 +20,7 @@ __all__ = ["decode", "decode_step", "refuse"]
 
 SHORT = (torch.float16, torch.bfloat16)
 #: As many rows the step encodes by itself; more share a launch of their own, which reads the maps once for all.
-FEW_ROWS = 24
+FEW_ROWS, FEW_TOKENS = 24, 8 << 16
 
 
 def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
@@ -141,7 +141,7 @@ def decode_step(
         new_key = new_key[0].contiguous(), *new_key[1:]
     hidden = fuses(q, heads, weights, new_key[1] if new_key else None)
     x = q.view(batch, heads, 1, -1)
-    if hidden and (fused if fused is not None else heads * batch <= FEW_ROWS):
+    if hidden and (fused if fused is not None else heads * batch <= FEW_ROWS and tokens <= FEW_TOKENS):
         maps = describe(x, weights, biases), describe(*new_key) if new_key else Map()
         run(3, hidden=hidden, maps=maps)
         return out, logsumexp
