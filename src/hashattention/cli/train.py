@@ -39,8 +39,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
-    """Train hash maps for a model; run it again to continue an interrupted training."""
+    """Train hash maps for a model; run it again to continue. `torchrun -m hashattention train ...` uses every GPU."""
     from hashattention.report import maps as rows
+    from hashattention.train import ranks
     from hashattention.train.recipe import Recipe
     from hashattention.train.run import train as run
 
@@ -48,7 +49,7 @@ def train(
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder, new or of an interrupted run.")
     texts, other = (given and [name.removeprefix(DATASET) for name in given] for given in (text, held_out))
-    where = parse_device(device)
+    where = ranks.start(parse_device(device))
     kind = parse_dtype(dtype, where)
     with progress(console()) as report:
         loaded = load(model, where, kind, report)

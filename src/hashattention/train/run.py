@@ -18,6 +18,7 @@ from hashattention.maps import HashMaps
 from hashattention.models.packaged import Progress
 from hashattention.train import metrics, shards
 from hashattention.train.fit import fit
+from hashattention.train.ranks import Ranks
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import FolderShards, MemoryShards
 from hashattention.train.text import Sequences, Texts, sequences
@@ -57,6 +58,8 @@ def train(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train hash maps for a model and save them as a maps folder.
+
+    Under `torchrun` (see `ranks.start`) every process trains layers of its own and the first one writes the folder.
 
     Parameters
     ----------
@@ -102,30 +105,37 @@ def train(
     """
     from hashattention.models.describe import describe
 
-    recipe = recipe or Recipe.group()
+    recipe, ranks = recipe or Recipe.group(), Ranks.here()
+    progress = progress if ranks.first else None
     loaded = _load(model, device, progress)
     where = next(loaded.model.parameters()).device
-    base = dataclasses.replace(describe(loaded.model), name=loaded.source.hub_id or Path(loaded.source.name).name)
+    whole = dataclasses.replace(describe(loaded.model), name=loaded.source.hub_id or Path(loaded.source.name).name)
+    base = ranks.share(whole)
     counts = {"context": recipe.context, "count": recipe.sequences, "held_out": recipe.held_out, "seed": recipe.seed}
     text = sequences(loaded.tokenizer, texts, **counts, held_out_texts=held_out_texts, progress=progress)
     folder = Path(out) / WORK
+    own = folder if ranks.world == 1 else folder / f"rank-{ranks.rank}-of-{ranks.world}"
     weights = shards.weights_fingerprint(loaded.model)
-    _prepare(folder, recipe, base, weights, text.fingerprint, resume)
+    _prepare(own, recipe, base, weights, text.fingerprint, resume)
     settings = shards.capture_settings(recipe, base, weights, text.fingerprint)
     memory = _fits(recipe, base, where) if in_memory is None else in_memory
     if not memory:
-        shards.check_disk(folder / SHARDS, shards.capture_bytes(recipe, base), disk_bytes)
-    captured = capture_all(loaded.model, base, text, recipe, None if memory else folder / SHARDS, settings, progress)
-    maps = fit(captured.train, base, recipe, folder, device=where, memory_bytes=memory_bytes, progress=progress)
+        shards.check_disk(own / SHARDS, shards.capture_bytes(recipe, base), disk_bytes)
+    captured = capture_all(loaded.model, base, text, recipe, None if memory else own / SHARDS, settings, progress)
+    maps = fit(captured.train, base, recipe, own, device=where, memory_bytes=memory_bytes, progress=progress)
+    measured = measure(captured, base, maps, recipe, where, progress)
+    maps = ranks.join_maps(maps, recipe, whole)
     report: dict[str, Any] = {
         "recipe": recipe.as_dict(),
-        "metrics": evaluate(captured, base, maps, recipe, where, progress),
+        "metrics": metrics.summarise(ranks.join_tables(measured), _budgets(recipe), whole) if measured else {},
         "text": text.fingerprint,
         "origin": provenance.origin(where, command),
     }
     maps.training_info = report
-    maps.cpu().save_pretrained(out)
-    if not keep_work:
+    if ranks.first:
+        maps.cpu().save_pretrained(out)
+    ranks.wait()
+    if not keep_work and ranks.first:
         shutil.rmtree(folder, ignore_errors=True)
     return {"out": str(out), **report}
 
@@ -157,21 +167,23 @@ def capture_all(
     return captured
 
 
-def evaluate(
+def measure(
     captured: Captured,
     base: BaseModel,
     maps: HashMaps,
     recipe: Recipe,
     device: torch.device,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Held-out metrics of `maps` beside exact selections at the recipe's budgets; empty without held-out sequences."""
+) -> dict[str, Tensor]:
+    """Held-out quality of `maps` beside exact selections at the recipe's budgets; empty without held-out sequences."""
     if not len(captured.held_out):
         return {}
-    budgets = [Budget(heavy=share, sink=recipe.sink, local=recipe.local) for share in recipe.budgets]
     methods: dict[str, HashMaps | None] = {"hash": maps, **dict.fromkeys(metrics.EXACT)}
-    measured = metrics.measure(captured.held_out, base, methods, budgets, device=device, progress=progress)
-    return metrics.summarise(measured, budgets, base)
+    return metrics.measure(captured.held_out, base, methods, _budgets(recipe), device=device, progress=progress)
+
+
+def _budgets(recipe: Recipe) -> list[Budget]:
+    return [Budget(heavy=share, sink=recipe.sink, local=recipe.local) for share in recipe.budgets]
 
 
 def _capturing(model: Any, base: BaseModel, tokens: Tensor, positions: Tensor, value: bool) -> Callable[[], Any]:
