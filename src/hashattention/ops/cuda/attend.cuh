@@ -19,15 +19,6 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-#if HALF
-    __half2 x = __floats2half2_rn(low, high);
-#else
-    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-#endif
-    return *reinterpret_cast<uint32_t*>(&x);
-}
-
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

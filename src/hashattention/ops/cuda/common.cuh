@@ -29,7 +29,40 @@ __device__ __forceinline__ float2 widen(uint32_t x) { return make_float2(__uint_
 __device__ __forceinline__ float widen(Short x) { return __bfloat162float(x); }
 #endif
 
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+#if HALF
+    __half2 x = __floats2half2_rn(low, high);
+#else
+    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+#endif
+    return *reinterpret_cast<uint32_t*>(&x);
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1 + __expf(-x)); }
+
 constexpr int BITS = WORDS * 32, BINS = 256, WARPS = THREADS / 32;
+
+// One warp: integer weights of the logits as signs and bit planes (a bit code: LEVELS 0).
+__device__ __forceinline__ void quantise(const float* logits, uint32_t* planes) {
+    int lane = threadIdx.x & 31;
+    uint32_t top = 0;
+#pragma unroll
+    for (int w = 0; w < WORDS; w++) top = max(top, __float_as_uint(fabsf(logits[w * 32 + lane])));
+    // Floats above 0 are ordered as their bits are.
+    float scale = __fdividef(LEVELS, fmaxf(__uint_as_float(__reduce_max_sync(~0u, top)), 1e-30f));
+#pragma unroll
+    for (int w = 0; w < WORDS; w++) {
+        float logit = logits[w * 32 + lane];
+        int code = LEVELS ? __float2int_rn(logit * scale) : (logit > 0 ? 1 : -1);
+        uint32_t sign = __ballot_sync(~0u, code < 0);
+        if (lane == 0) planes[w] = sign;
+#pragma unroll
+        for (int p = 0; p < PLANES; p++) {
+            uint32_t plane = __ballot_sync(~0u, abs(code) >> p & 1);
+            if (lane == 0) planes[(p + 1) * WORDS + w] = plane;
+        }
+    }
+}
 
 // The MLP of one code: stage j's weights [H, in, out] and biases float32 [H, out].
 struct Map {

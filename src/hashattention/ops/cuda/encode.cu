@@ -90,17 +90,6 @@ __device__ __forceinline__ void products(const uint4* rows, const uint4* slice, 
     }
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1 + __expf(-x)); }
-
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-#if HALF
-    __half2 x = __floats2half2_rn(low, high);
-#else
-    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-#endif
-    return *reinterpret_cast<uint32_t*>(&x);
-}
-
 // A hidden layer's two neighbours to every block, as their value and its rest.
 template <int WIDTH>
 __device__ __forceinline__ void share_hidden(cg::cluster_group& cluster, uint4* layer, int row, int column, float low, float high) {
@@ -113,28 +102,6 @@ __device__ __forceinline__ void share_hidden(cg::cluster_group& cluster, uint4* 
     for (int b = 0; b < BLOCKS; b++) {
         uint32_t* to = reinterpret_cast<uint32_t*>(cluster.map_shared_rank(layer, b));
         to[at] = value, to[at + TILE * WIDTH / 2] = rest;
-    }
-}
-
-__device__ void write_planes(const Batch& a, const float* logits, int request, int head) {
-    int lane = threadIdx.x & 31;
-    uint32_t* to = a.planes + (int64_t(request) * a.query.heads + head) * (PLANES + 1) * WORDS;
-    uint32_t top = 0;
-#pragma unroll
-    for (int w = 0; w < WORDS; w++) top = max(top, __float_as_uint(fabsf(logits[w * 32 + lane])));
-    // Floats above 0 are ordered as their bits are.
-    float scale = __fdividef(LEVELS, fmaxf(__uint_as_float(__reduce_max_sync(~0u, top)), 1e-30f));
-#pragma unroll
-    for (int w = 0; w < WORDS; w++) {
-        float logit = logits[w * 32 + lane];
-        int code = LEVELS ? __float2int_rn(logit * scale) : (logit > 0 ? 1 : -1);
-        uint32_t sign = __ballot_sync(~0u, code < 0);
-        if (lane == 0) to[w] = sign;
-#pragma unroll
-        for (int p = 0; p < PLANES; p++) {
-            uint32_t plane = __ballot_sync(~0u, abs(code) >> p & 1);
-            if (lane == 0) to[(p + 1) * WORDS + w] = plane;
-        }
     }
 }
 
@@ -188,7 +155,7 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
         int request = first + rank * SHARE + i;
         if (request >= a.batch) break;
         if (KEY) write_signature(a, logits + i * BITS, request, head);
-        else write_planes(a, logits + i * BITS, request, head);
+        else quantise(logits + i * BITS, a.planes + (int64_t(request) * a.query.heads + head) * (PLANES + 1) * WORDS);
     }
 }
 

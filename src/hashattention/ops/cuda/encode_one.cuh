@@ -20,8 +20,6 @@ __device__ __forceinline__ void add_products(float (&sum)[8], float x, const uin
     sum[4] += x * c.x, sum[5] += x * c.y, sum[6] += x * d.x, sum[7] += x * d.y;
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1 + __expf(-x)); }
-
 // What the encoding of one code keeps in shared memory.
 struct Workspace {
     float* sums;      // partial sums of one stage: SUMS
@@ -217,27 +215,5 @@ __device__ void write_signature(const Arguments& a, Shared& s, int request, int 
         }
     }
     __syncthreads();
-}
-
-// One warp: integer weights of the logits as signs and bit planes (a bit code: LEVELS 0).
-__device__ __forceinline__ void quantise(const float* logits, uint32_t* planes) {
-    int lane = threadIdx.x & 31;
-    uint32_t top = 0;
-#pragma unroll
-    for (int w = 0; w < WORDS; w++) top = max(top, __float_as_uint(fabsf(logits[w * 32 + lane])));
-    // Floats above 0 are ordered as their bits are.
-    float scale = __fdividef(LEVELS, fmaxf(__uint_as_float(__reduce_max_sync(~0u, top)), 1e-30f));
-#pragma unroll
-    for (int w = 0; w < WORDS; w++) {
-        float logit = logits[w * 32 + lane];
-        int code = LEVELS ? __float2int_rn(logit * scale) : (logit > 0 ? 1 : -1);
-        uint32_t sign = __ballot_sync(~0u, code < 0);
-        if (lane == 0) planes[w] = sign;
-#pragma unroll
-        for (int p = 0; p < PLANES; p++) {
-            uint32_t plane = __ballot_sync(~0u, abs(code) >> p & 1);
-            if (lane == 0) planes[(p + 1) * WORDS + w] = plane;
-        }
-    }
 }
 #endif

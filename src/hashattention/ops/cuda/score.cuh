@@ -12,12 +12,12 @@ __device__ __forceinline__ void count_and(int (&d)[4], uint32_t a0, uint32_t a1,
 // column block of the product's left side, and the columns that come back to it hold planes in that block alone.
 constexpr int TOKENS = WORDS == 1 ? 4 : 2;           // tokens a lane scores at once
 constexpr int CHUNK = TOKENS * 32;                   // tokens a warp scores at once
-constexpr int LOADS = WORDS == 4 ? 2 : 1, HALVES_OF_SIGNATURE = LOADS;
+constexpr int LOADS = WORDS == 4 ? 2 : 1;           // 16-byte loads of a lane for them; each holds as much of a signature
 constexpr int PRODUCTS = WORDS == 1 ? PLANES : (PLANES + 1) / 2;
 
 struct Code {
     uint32_t sign[WORDS];
-    uint32_t columns[PRODUCTS][HALVES_OF_SIGNATURE][2];
+    uint32_t columns[PRODUCTS][LOADS][2];
 
     __device__ explicit Code(const uint32_t* planes) {
         int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
@@ -27,7 +27,7 @@ struct Code {
         for (int m = 0; m < PRODUCTS; m++) {
             int plane = WORDS == 1 ? m : 2 * m + (g & 1);
 #pragma unroll
-            for (int i = 0; i < HALVES_OF_SIGNATURE * 2; i++) {
+            for (int i = 0; i < LOADS * 2; i++) {
                 bool mine = g / 2 == c && plane < PLANES && (WORDS > 1 || (g & 1) == i);
                 columns[m][i / 2][i % 2] = mine ? planes[(plane + 1) * WORDS + (WORDS == 1 ? 0 : i)] : 0;
             }
