@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from hashattention import ops
 from hashattention.config import Budget
-from hashattention.rows import Extent, count_budget
+from hashattention.rows import Extent, Shares, count_budget
 
 BUDGETS = st.one_of(
     st.builds(Budget, density=st.floats(1e-4, 1.0), sink=st.integers(0, 80), local=st.integers(0, 80)),
@@ -86,3 +86,29 @@ def test_heavy_is_limited_and_never_raised():
     rows = Extent.full(1, 100, torch.device("cpu")).rows(Budget(heavy=10, sink=1, local=2), 2)
     assert rows.limit_heavy(torch.tensor([[4, 40]])).budgets.tolist() == [[[1, 2, 4], [1, 2, 10]]]
     assert rows.budgets.tolist() == [[[1, 2, 10], [1, 2, 10]]]
+
+
+SHARES = st.lists(st.lists(st.floats(0, 5), min_size=2, max_size=2), min_size=1, max_size=3)
+
+
+@given(BUDGETS, st.lists(st.integers(0, 3000), min_size=1, max_size=4), SHARES)
+def test_shares_multiply_the_heavy_budget_alone(budget, lengths, numbers):
+    end = torch.tensor(lengths, dtype=torch.int32)
+    extent = Extent(torch.zeros_like(end), end, max(1, *lengths, 1))
+    plain, shares = extent.rows(budget, 2), Shares.of(tuple(map(tuple, numbers)), end.device)
+    for row, factors in enumerate(numbers):
+        found = extent.rows_of_layer(budget, shares, row)
+        assert found.budgets.dtype == torch.int32 and found.budgets.shape == (len(lengths), 2, 3)
+        assert torch.equal(found.budgets[..., :2], plain.budgets[..., :2])
+        for request, length in enumerate(lengths):
+            sink, local, heavy = plain.budgets[request, 0].tolist()
+            expected = [min(int(heavy * factor + 1e-6), length - sink - local) for factor in factors]
+            assert found.budgets[request, :, 2].tolist() == expected
+        assert found.budgets.sum(-1).max() <= found.capacity <= extent.tokens
+
+
+def test_a_share_of_one_changes_nothing():
+    extent = Extent.full(3, 999, torch.device("cpu"))
+    plain = extent.rows(Budget(heavy=1 / 7), 2)
+    found = extent.rows_of_layer(Budget(heavy=1 / 7), Shares.of(((1.0, 1.0),), torch.device("cpu")), 0)
+    assert torch.equal(found.budgets, plain.budgets) and found.capacity == plain.capacity

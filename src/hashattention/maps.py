@@ -80,6 +80,9 @@ class HashMaps(nn.Module):
         The transformer they belong to; `model.layers` are the layers with a map.
     training : dict, optional
         How they were trained and what was measured; stored with the artifact.
+    shares : tuple of tuple of float, optional
+        For each layer and index set, the multiple of the heavy budget that it is served with, so that a mean budget
+        goes where it is needed (`train.budgets`); by default all have the same.
 
     Examples
     --------
@@ -89,9 +92,16 @@ class HashMaps(nn.Module):
     torch.Size([1, 2, 5, 1])
     """
 
-    def __init__(self, config: MapsConfig, model: BaseModel, training: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: MapsConfig,
+        model: BaseModel,
+        training: dict[str, Any] | None = None,
+        shares: tuple[tuple[float, ...], ...] | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.model, self.training_info = config, model, dict(training or {})
+        self.shares = None if shares is None else check_shares(shares, len(model.layers), config.selection_heads(model))
         group = model.group_size if config.query_input == "group" else 1
         query = group * model.head_dim, *config.hidden_of_queries, config.bits
         self.query = Mlp(len(model.layers), config.code_heads(model), query)
@@ -129,11 +139,13 @@ class HashMaps(nn.Module):
 
         The first stage's bias holds the inputs' mean, which may be far from zero; it is small and stays exact.
         """
-        config = {
+        config: dict[str, Any] = {
             "base_model": dataclasses.asdict(self.model),
             "maps": dataclasses.asdict(self.config),
             "training": self.training_info,
         }
+        if self.shares is not None:
+            config["shares"] = self.shares
         tensors = {n: t.detach().to(dtype if ".weights." in n else torch.float32) for n, t in self.state_dict().items()}
         artifact.write(folder, config, tensors)
 
@@ -152,7 +164,8 @@ class HashMaps(nn.Module):
         config, tensors = artifact.read(folder)
         where = str(folder / artifact.CONFIG_FILE)
         base = from_mapping(BaseModel, config.get("base_model", {}), f"{where}: base_model")
-        maps = cls(from_mapping(MapsConfig, config.get("maps", {}), f"{where}: maps"), base, config.get("training"))
+        kind = from_mapping(MapsConfig, config.get("maps", {}), f"{where}: maps")
+        maps = cls(kind, base, config.get("training"), config.get("shares"))
         maps._load_tensors(tensors, str(folder / artifact.WEIGHTS_FILE))
         if model is not None:
             maps.check_model(model)
@@ -168,3 +181,26 @@ class HashMaps(nn.Module):
                 f"{expected.get(name, 'no such tensor')}; the two files do not belong together."
             )
         self.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+
+def check_shares(shares: Any, layers: int, selection_heads: int) -> tuple[tuple[float, ...], ...]:
+    """Shares of the heavy budget as floats, one a layer and index set.
+
+    Raises
+    ------
+    ConfigError
+        For another number of them, or one that is not a finite number of at least 0.
+    """
+    try:
+        found = tuple(tuple(float(share) for share in row) for row in shares)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"shares must be a list of numbers for each layer; {error}.") from error
+    if len(found) != layers or any(len(row) != selection_heads for row in found):
+        sizes = sorted({len(row) for row in found})
+        raise ConfigError(
+            f"shares must hold {layers} layers of {selection_heads} numbers; given {len(found)} layers of {sizes}."
+        )
+    bad = [share for row in found for share in row if not 0 <= share < float("inf")]
+    if bad:
+        raise ConfigError(f"shares must be finite and at least 0 (1: the mean budget); given {bad[0]!r}.")
+    return found

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from hashattention.config import Budget
 
+#: So that a third of 300 is 100, whatever the last bit of a share.
+ROUNDING = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -81,6 +84,7 @@ class Extent:
     ) -> None:
         self.start, self.end, self.tokens, self.mask, self.ends_full = start, end, tokens, mask, ends_full
         self._rows: dict[tuple[Budget, int], Rows] = {}
+        self._scaled: dict[tuple[Budget, int], Tensor] = {}
 
     @classmethod
     def full(cls, batch: int, tokens: int, device: torch.device) -> Extent:
@@ -118,3 +122,40 @@ class Extent:
             capacity = budget.capacity(self.tokens)
             self._rows[key] = Rows(self.start, self.end, budgets, capacity, self.mask)
         return self._rows[key]
+
+    def rows_of_layer(self, budget: Budget, shares: Shares, row: int) -> Rows:
+        """`rows` with the heavy budget of each index set multiplied by its share; all layers' are made at once."""
+        rows = self.rows(budget, shares.table.shape[1])
+        key = budget, id(shares)
+        if key not in self._scaled:
+            self._scaled[key] = scale_heavy(rows.budgets, self.lengths()[:, None], shares.table[:, None])
+        sink, local, heavy = budget.counts(self.tokens)
+        most = min(int(heavy * shares.largest[row] + ROUNDING), self.tokens - sink - local)
+        capacity = max(1, sink + local + most)
+        return dataclasses.replace(rows, budgets=self._scaled[key][row], capacity=capacity)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shares:
+    """Multiples of the heavy budget: `table` float64 ``[L, Hsel]`` on the device, and each layer's `largest` on the
+    host.
+    """
+
+    table: Tensor
+    largest: tuple[float, ...]
+
+    @classmethod
+    def of(cls, shares: tuple[tuple[float, ...], ...], device: torch.device) -> Shares:
+        """From plain numbers."""
+        return cls(torch.tensor(shares, dtype=torch.float64, device=device), tuple(max(row) for row in shares))
+
+
+def scale_heavy(budgets: Tensor, lengths: Tensor, shares: Tensor) -> Tensor:
+    """Budgets int32 ``[..., 3]`` with heavy multiplied by `shares` (float64), rounded down and at most what is left of
+    `lengths`; sink and local stay. All broadcast to one shape.
+    """
+    fixed = budgets[..., 0] + budgets[..., 1]
+    wanted = (budgets[..., 2].double() * shares + ROUNDING).floor().to(torch.int32)
+    heavy = torch.minimum(wanted, lengths - fixed)
+    others = budgets[..., :2].expand(*heavy.shape, 2)
+    return torch.cat([others, heavy[..., None]], -1).contiguous()

@@ -68,6 +68,18 @@ def test_errors_are_those_of_the_served_path(config):
         torch.testing.assert_close(found[place, :, 0], expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_shares_are_served_as_they_are_measured(config):
+    store = held_out()
+    torch.manual_seed(1)
+    heads = config.selection_heads(BASE)
+    shares = tuple(tuple(0.3 + 0.4 * head + row for head in range(heads)) for row in range(2))
+    maps = HashMaps(config, BASE, None, shares).requires_grad_(False)
+    found = metrics.measure(store, BASE, {"hash": maps}, BUDGETS, device=torch.device("cpu"))["hash"]
+    expected = served_error(HashSelector(maps, backend="reference"), store, BUDGETS[0])
+    torch.testing.assert_close(found[0, :, 0], expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("name", "share"), [("exact_shared_peak", "group"), ("exact_per_head", "query_head")])
 def test_exact_selections_are_the_oracles(name, share):
     store = held_out()

@@ -39,7 +39,11 @@ class Step:
 
     def rows(self, share: SelectionShare) -> Rows:
         """Bounds and budgets for one index set per KV head or per query head."""
-        rows = self.extent.rows(self.budget, self.key.shape[1] if share == "group" else self.query.shape[1])
+        heads = self.key.shape[1] if share == "group" else self.query.shape[1]
+        return self.limit(self.extent.rows(self.budget, heads))
+
+    def limit(self, rows: Rows) -> Rows:
+        """The rows with the part of the heavy budget that the method may spend."""
         if self.heavy_share == 1.0:
             return rows
         return rows.limit_heavy((rows.budgets[..., 2].double() * self.heavy_share).floor())

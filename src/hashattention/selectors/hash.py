@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hashattention import ops
 from hashattention.maps import HashMaps, LayerMaps
+from hashattention.rows import Rows, Shares
 from hashattention.selectors.base import Selection, Selector, Step
 
 
@@ -28,11 +29,12 @@ class HashSelector(Selector):
         self.share = maps.config.selection_share
         self.layers = maps.model.layers
         self._ready: dict[int, LayerMaps] = {}
+        self._shares: Shares | None = None
 
     def select(self, step: Step) -> Selection:
         """Sign the new keys, encode the query, score all signatures, select."""
         signatures = self._sign(step, step.extent.tokens)
-        rows = step.rows(self.share)
+        rows = self._rows(step)
         code = self._layer(step).code_queries(step.query, backend=self.backend)
         bounds = rows.start, rows.end, rows.budgets, rows.capacity
         levels = self.maps.config.levels
@@ -52,13 +54,22 @@ class HashSelector(Selector):
         return side.fill((self.maps, "signatures"), tokens, lambda held: self._decode(step, held, new_key))
 
     def _decode(self, step: Step, signatures: Tensor, new_key: ops.NewKey | None) -> Tensor:
-        layer, rows, config = self._layer(step), step.rows(self.share), self.maps.config
+        layer, rows, config = self._layer(step), self._rows(step), self.maps.config
         return ops.decode(
             step.query, step.key, step.value, signatures, layer.query_weights, layer.query_biases,
             rows.start, rows.end, rows.budgets, rows.capacity, mask=rows.mask, new_key=new_key,
             levels=config.levels if config.score == "asymmetric" else 0, scale=step.scale, softcap=step.softcap,
             backend=self.backend,
         )[0]  # fmt: skip
+
+    def _rows(self, step: Step) -> Rows:
+        """Bounds and budgets; each layer's own where the maps say how to share a mean budget."""
+        if self.maps.shares is None:
+            return step.rows(self.share)
+        if self._shares is None or self._shares.table.device != step.key.device:
+            self._shares = Shares.of(self.maps.shares, step.key.device)
+        rows = step.extent.rows_of_layer(step.budget, self._shares, self.maps.model.layers.index(step.layer))
+        return step.limit(rows)
 
     def _sign(self, step: Step, tokens: int) -> Tensor:
         """The signatures of the first `tokens` tokens, the new ones' made now."""

@@ -17,7 +17,7 @@ from hashattention.maps import HashMaps, LayerMaps
 from hashattention.models.capture import Sample
 from hashattention.models.packaged import Progress
 from hashattention.ops.reference import unpack_bits
-from hashattention.rows import count_budget
+from hashattention.rows import count_budget, scale_heavy
 from hashattention.train.labels import (
     attention_logits,
     heavy_candidates,
@@ -89,21 +89,28 @@ def hash_scores(layer: LayerMaps, sample: Sample, selection_heads: int) -> Tenso
     return scores.unflatten(0, (selection_heads, -1)).sum(1)
 
 
-def choose(scores: Tensor, positions: Tensor, budgets: Sequence[Budget]) -> list[Tensor]:
+def choose(
+    scores: Tensor, positions: Tensor, budgets: Sequence[Budget], shares: tuple[float, ...] | None = None
+) -> list[Tensor]:
     """What `ops.select` takes for queries at `positions`, bool ``[Hsel, N, T]`` a budget: one sort serves all budgets.
 
-    The budgets must agree in sink and local.
+    The budgets must agree in sink and local; `shares` multiply the heavy ones of each selection head.
     """
     tokens = scores.shape[-1]
     token = torch.arange(tokens, device=scores.device)
     order = tokens - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     chosen = []
     for budget in budgets:
-        sink, local, heavy = count_budget(budget, positions + 1).long().unbind(-1)
+        counts = count_budget(budget, positions + 1)[None]
+        if shares is not None:
+            wanted = torch.tensor(shares, dtype=torch.float64, device=scores.device)[:, None]
+            counts = scale_heavy(counts, positions + 1, wanted)
+        sink, local = counts[0, :, 0], counts[0, :, 1]
+        heavy = counts[..., 2:]
         causal = token <= positions[:, None]
         covered = causal & ((token < sink[:, None]) | (token > (positions - local)[:, None]))
         ranked = (causal & ~covered).expand_as(scores).gather(-1, order)
-        taken = ranked & (ranked.cumsum(-1) <= heavy[:, None])
+        taken = ranked & (ranked.cumsum(-1) <= heavy)
         chosen.append(covered | torch.zeros_like(taken).scatter(-1, order, taken))
     return chosen
 
@@ -159,7 +166,9 @@ def measure_heads(
             sample = held_out.read(index, row, row + 1).to(device)
             exact = Exact.of(sample, budgets[0].sink, budgets[0].local)
             for name, maps in moved.items():
-                chosen = choose(_scores(name, maps, exact, sample, base, row), sample.positions, budgets)
+                shares = None if maps is None or maps.shares is None else maps.shares[row]
+                scores = _scores(name, maps, exact, sample, base, row)
+                chosen = choose(scores, sample.positions, budgets, shares)
                 total[name][:, row] += torch.stack([exact.quality(each) for each in chosen]) / len(held_out)
             if progress is not None:
                 progress("measuring", index * layers + row + 1, len(held_out) * layers)

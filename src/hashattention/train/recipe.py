@@ -88,6 +88,9 @@ class Recipe:
         Steps between checkpoints.
     budgets : tuple of float
         Heavy budgets (fractions of the causal tokens) at which the metrics are taken.
+    fit_budgets : float
+        Mean heavy budget (a fraction) that is shared among layers and index sets by what it gains there, found on the
+        first half of the held-out sequences; the metrics are then taken on the second half. 0: all have the same.
     seed : int
         Fixes the split, the positions, the initial weights and every step's draw.
     """
@@ -130,6 +133,7 @@ class Recipe:
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = 200
     budgets: tuple[float, ...] = (1 / 8, 1 / 16, 1 / 32)
+    fit_budgets: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -146,6 +150,9 @@ class Recipe:
         for name in ("keep_share", "balance", "decorrelation", "weight_decay"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         _require(all(0 < budget <= 1 for budget in self.budgets), "budgets", "fractions in (0, 1]", self.budgets)
+        _require(0 <= self.fit_budgets <= 1, "fit_budgets", "a fraction in 0..1", self.fit_budgets)
+        enough = self.held_out > 1 or not self.fit_budgets
+        _require(enough, "held_out", "at least 2 with fit_budgets, which takes one half", self.held_out)
         least = self.sink + self.local + 2
         _require(self.context >= least, "context", f"at least sink + local + 2 = {least} tokens", self.context)
         most = len(self.positions_from())

@@ -16,11 +16,11 @@ from hashattention import provenance
 from hashattention.config import BaseModel, Budget
 from hashattention.maps import HashMaps
 from hashattention.models.packaged import Progress
-from hashattention.train import metrics, shards
+from hashattention.train import budgets, metrics, shards
 from hashattention.train.fit import fit
 from hashattention.train.ranks import Ranks
 from hashattention.train.recipe import Recipe
-from hashattention.train.shards import FolderShards, MemoryShards
+from hashattention.train.shards import FolderShards, MemoryShards, Part
 from hashattention.train.text import Sequences, Texts, sequences
 
 if TYPE_CHECKING:
@@ -123,8 +123,13 @@ def train(
         shards.check_disk(own / SHARDS, shards.capture_bytes(recipe, base), disk_bytes)
     captured = capture_all(loaded.model, base, text, recipe, None if memory else own / SHARDS, settings, progress)
     maps = fit(captured.train, base, recipe, own, device=where, memory_bytes=memory_bytes, progress=progress)
+    shares = share_budgets(captured, base, maps, recipe, where, ranks) if recipe.fit_budgets else None
+    if shares is not None:
+        at = whole.layers.index(base.layers[0])
+        maps.shares = shares[at : at + len(base.layers)]
     measured = measure(captured, base, maps, recipe, where, progress)
     maps = ranks.join_maps(maps, recipe, whole)
+    maps.shares = shares
     report: dict[str, Any] = {
         "recipe": recipe.as_dict(),
         "metrics": metrics.summarise(ranks.join_tables(measured), _budgets(recipe), whole) if measured else {},
@@ -167,6 +172,16 @@ def capture_all(
     return captured
 
 
+def share_budgets(
+    captured: Captured, base: BaseModel, maps: HashMaps, recipe: Recipe, device: torch.device, ranks: Ranks
+) -> budgets.Shares:
+    """The recipe's mean heavy budget, shared by the error curves of the first half of the held-out sequences."""
+    half = Part(captured.held_out, 0, len(captured.held_out) // 2)
+    budget = Budget(heavy=float(recipe.fit_budgets), sink=recipe.sink, local=recipe.local)
+    errors = ranks.join_tables(budgets.curves(half, base, maps, budget, device))["hash"][..., 0]
+    return budgets.as_shares(budgets.allocate(errors), recipe.maps.selection_heads(base))
+
+
 def measure(
     captured: Captured,
     base: BaseModel,
@@ -179,7 +194,10 @@ def measure(
     if not len(captured.held_out):
         return {}
     methods: dict[str, HashMaps | None] = {"hash": maps, **dict.fromkeys(metrics.EXACT)}
-    return metrics.measure(captured.held_out, base, methods, _budgets(recipe), device=device, progress=progress)
+    # Where the budgets were fitted on one half, only the other one judges.
+    first = len(captured.held_out) // 2 if recipe.fit_budgets else 0
+    rest = Part(captured.held_out, first, len(captured.held_out))
+    return metrics.measure(rest, base, methods, _budgets(recipe), device=device, progress=progress)
 
 
 def _budgets(recipe: Recipe) -> list[Budget]:

@@ -51,6 +51,20 @@ class MemoryShards:
         self.samples.append(make())
 
 
+class Part:
+    """Sequences ``first <= index < last`` of others."""
+
+    def __init__(self, samples: Samples, first: int, last: int) -> None:
+        self.samples, self.first, self.last = samples, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def read(self, index: int, first: int, last: int) -> Sample:
+        """Layers ``first <= l < last`` of sequence `index`."""
+        return self.samples.read(self.first + index, first, last)
+
+
 class FolderShards:
     """One safetensors file a sequence, written whole or not at all; `manifest.json` holds checksums and settings.
 
