@@ -113,3 +113,11 @@ def test_what_was_not_captured_is_refused(tmp_path, changes, message):
 def test_layers_without_full_attention_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"layers \[7\]"):
         study(tmp_path, dataclasses.replace(sweep(Variant("a")), layers=(0, 7)))
+
+
+def test_budgets_are_fitted_in_a_study_too(tmp_path):
+    plan = sweep(Variant("a", {"steps": 4}), Variant("b", {"steps": 4, "fit_budgets": 1 / 16}, save=True))
+    _, rows = study(tmp_path, plan)
+    assert "shares" not in rows[1] and len(rows[2]["shares"]) == 3
+    assert rows[1]["budgets"] != rows[2]["budgets"]
+    assert HashMaps.from_pretrained(tmp_path / "out" / "b").shares == rows[2]["shares"]

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from hashattention import provenance
-from hashattention.config import Budget
+from hashattention.config import BaseModel, Budget
 from hashattention.errors import ConfigError
 from hashattention.maps import HashMaps
 from hashattention.models.packaged import Progress
 from hashattention.selectors.lsh import draw_hyperplanes, linear_maps
-from hashattention.train import metrics, run, shards
+from hashattention.train import budgets, metrics, run, shards
 from hashattention.train.fit import fit
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards
@@ -186,6 +186,8 @@ class Lab:
         taught = time.monotonic()
         maps = fit(fewer, base, recipe, None, device=self.device, targets=targets, progress=self.progress)
         trained = time.monotonic()
+        if recipe.fit_budgets:
+            maps.shares = self._shares(maps, held_out, recipe, base)
         row = self._row(variant.name, layers, self._measure({"hash": maps}, held_out, layers))
         bits = recipe.maps.bits * recipe.maps.signature_heads(base) // base.num_key_value_heads
         row |= {
@@ -199,12 +201,21 @@ class Lab:
                 "measuring": round(time.monotonic() - trained, 2),
             },
         }
+        if maps.shares is not None:
+            row["shares"] = maps.shares
         if variant.tests:
             row["tests"] = self._test(maps, layers)
         if variant.save:
             maps.training_info = {key: row[key] for key in ("recipe", "budgets", "text", "origin")}
             maps.cpu().save_pretrained(self.out / variant.name.replace("/", "-"))
         self._add(row)
+
+    def _shares(self, maps: HashMaps, held_out: MemoryShards, recipe: Recipe, base: BaseModel) -> budgets.Shares:
+        """Budgets fitted on half of the held-out sequences; the test texts alone judge them."""
+        half = shards.Part(held_out, 0, len(held_out) // 2)
+        budget = Budget(heavy=float(recipe.fit_budgets), sink=recipe.sink, local=recipe.local)
+        errors = budgets.curves(half, base, maps, budget, self.device)["hash"][..., 0]
+        return budgets.as_shares(budgets.allocate(errors), recipe.maps.selection_heads(base))
 
     def _test(self, maps: HashMaps, layers: tuple[int, ...]) -> dict[str, Any]:
         reference = self._reference(layers)["tests"]
