@@ -57,6 +57,18 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert told == [REFERENCES, "a", "b", "a"]
 
 
+def test_rows_from_before_a_field_was_there_still_count(tmp_path):
+    told, one = [], sweep(Variant("a", {"steps": 2}))
+    study(tmp_path, one, told)
+    path = tmp_path / "out" / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row["recipe"]["fit_budgets"], row["recipe"]["maps"]["query_widths"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study(tmp_path, one, told)
+    assert told == [REFERENCES, "a"]
+
+
 def test_best_is_the_best_before(tmp_path, monkeypatch):
     scores = iter([1.4, 1.1, 1.3, 1.2])
     monkeypatch.setattr(module, "fit", lambda samples, base, recipe, *_, **__: HashMaps(recipe.maps, base))

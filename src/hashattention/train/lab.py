@@ -99,7 +99,8 @@ class Lab:
         """The row of a variant on these layers of this text, if there is one with this recipe."""
         for row in reversed(self.rows):
             same = row["variant"] == name and tuple(row["layers"]) == layers and row["text"] == self.fingerprint
-            if same and (recipe is None or row["recipe"] == recipe.as_dict()):
+            # Fields that came after the row was made have their defaults.
+            if same and (recipe is None or Recipe.from_mapping(row["recipe"], f"{self.out}/{ROWS}") == recipe):
                 return row
         return None
 
