@@ -109,7 +109,7 @@ def unfinished(texts, out):
     ("recipe", "seed", "message"),
     [
         (tiny_recipe(context=512), 0, "context is 256, this call asks for 512"),
-        (tiny_recipe(learning_rate=1.0), 0, "recipe: learning_rate is 0.003"),
+        (tiny_recipe(learning_rate=1.0), 0, "recipe: learning_rate is 0.005"),
         (tiny_recipe(maps=MapsConfig(64, (16,))), 0, "recipe: maps: bits is 32"),
         (tiny_recipe(), 1, "weights is "),
     ],

@@ -119,7 +119,7 @@ class Recipe:
     step_sequences: int = 1
     step_queries: int = 256
     optimiser: Literal["adam", "muon"] = "adam"
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     query_rate: float = 1.0
     weight_decay: float = 0.0
     warmup: int = 50
