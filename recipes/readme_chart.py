@@ -24,8 +24,8 @@ BASELINES = {
 }
 #: File, what a row must have, name of its line.
 LINES = (
-    ("cpu-attention", {"density": 1 / 64, "huge_pages": False}, "one CPU core, density 1/64"),
-    ("cpu-attention", {"density": 1 / 16, "huge_pages": False}, "one CPU core, density 1/16"),
+    ("cpu-attention", {"density": 1 / 64}, "one CPU core, density 1/64"),
+    ("cpu-attention", {"density": 1 / 16}, "one CPU core, density 1/16"),
     ("gpu-attention", {**GPU, "batch": 1}, "H200, batch 1, density 1/32"),
     ("gpu-attention", {**GPU, "batch": 8}, "H200, batch 8, density 1/32"),
     ("gpu-attention", {**GPU, "batch": 32}, "H200, batch 32, density 1/32"),

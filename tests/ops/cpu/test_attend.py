@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -43,29 +44,50 @@ def draw(
     return q, cache(dims[0]), cache(dims[1]), indices.to(torch.int32), counts.to(torch.int32)
 
 
-def plain_error(arguments: tuple[Tensor, ...], scale: float, softcap: float, exact: Tensor) -> Tensor:
-    """What torch errs in the dtype of q with every step in it: the house tolerance is twice this."""
+def by_torch(arguments: tuple[Tensor, ...], scale: float, softcap: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp with every step in `dtype`; in float64 the truth that errors are measured against."""
     q, k, v, indices, counts = arguments
     used = torch.arange(indices.shape[-1]) < counts[..., None]
-    keys, values = (reference.gather_tokens(c, indices.masked_fill(~used, 0)) for c in (k, v))
-    logits = q.squeeze(2).unflatten(1, (indices.shape[1], -1)) @ keys.transpose(-1, -2) * scale
+    keys, values = (reference.gather_tokens(c, indices.masked_fill(~used, 0)).to(dtype) for c in (k, v))
+    logits = q.to(dtype).squeeze(2).unflatten(1, (indices.shape[1], -1)) @ keys.transpose(-1, -2) * scale
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    weights = logits.masked_fill(~used[:, :, None], -torch.inf).softmax(-1).masked_fill(~used[:, :, None], 0)
-    return ((weights @ values).flatten(1, 2).unsqueeze(2).double() - exact).abs().max()
+    logits = logits.masked_fill(~used[:, :, None], -torch.inf)
+    weights = logits.softmax(-1).masked_fill(~used[:, :, None], 0)
+    return (weights @ values).flatten(1, 2).unsqueeze(2), logits.logsumexp(-1).flatten(1, 2).unsqueeze(2)
 
 
-def check(arguments: tuple[Tensor, ...], scale: float = 0.2, softcap: float = 0.0) -> None:
-    q, k, v, indices, counts = arguments
-    exact, exact_lse = reference.attend(q.double(), k, v, indices, counts, scale, softcap)
-    wide = reference.attend(q.float(), k.float(), v.float(), indices, counts, scale, softcap)
-    out, lse = native().attend(q, k, v, indices, counts, scale, softcap)
-    assert out.dtype == q.dtype
-    # In float32 both sum in some order: a few units in the last place of the largest term.
-    allowed = 2 * plain_error(arguments, scale, softcap, exact) + 4e-6 * v.float().abs().max()
-    assert (out.double() - exact).abs().max() <= allowed
-    finite = wide[1].isfinite()
-    assert torch.equal(lse.isfinite(), finite)
-    torch.testing.assert_close(lse[finite], exact_lse[finite].float(), rtol=1e-5, atol=2e-5)
+def errors(arguments: tuple[Tensor, ...], scale: float, softcap: float) -> Tensor:
+    """The largest errors of the kernels' output and logsumexp, then of plain torch's in the dtype of q (float32 for
+    the logsumexp, which the kernels give in float32): at least half a unit in the last place, which rounding the output
+    alone costs, and a whole one of the logsumexp, whose tanh and log are the C library's.
+    """
+    q = arguments[0]
+    exact = by_torch(arguments, scale, softcap, torch.float64)
+    plain = by_torch(arguments, scale, softcap, q.dtype)[0], by_torch(arguments, scale, softcap, torch.float32)[1]
+    ours = native().attend(*arguments, scale, softcap)
+    assert [given.dtype for given in ours] == [q.dtype, torch.float32]
+    finite = exact[1].isfinite()
+    assert torch.equal(ours[1].isfinite(), finite)
+    # An empty row's logsumexp is -inf in both.
+    differences = [
+        (given.double().nan_to_num(neginf=0) - true.nan_to_num(neginf=0)).abs().max()
+        for pair in (ours, plain)
+        for given, true in zip(pair, exact, strict=True)
+    ]
+    sizes = torch.stack([true.nan_to_num(neginf=0).abs().max() for true in exact])
+    units = sizes * torch.tensor([torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps], dtype=torch.float64)
+    return torch.cat([torch.stack(differences[:2]), torch.stack(differences[2:]).maximum(units)])
+
+
+#: Draws of one kind of case whose largest error stands for plain torch: a single one may be exact by luck.
+DRAWS = 16
+
+
+def check(case: dict[str, Any], scale: float = 0.2, softcap: float = 0.0) -> None:
+    """The kernels err at most twice what plain torch errs on cases of this kind."""
+    first, *others = (errors(draw(**case | {"seed": case["seed"] + n}), scale, softcap) for n in range(DRAWS))
+    plain = torch.stack([first, *others])[:, 2:].amax(0)
+    assert (first[:2] <= 2 * plain).all(), (first, plain)
 
 
 cases = {
@@ -79,10 +101,11 @@ cases = {
 }
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+# The same examples every time: what plain torch errs is a sample, and a sample may be small.
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, derandomize=True, deadline=None)
 @given(softcap=st.sampled_from([0.0, 0.5, 30.0]), **cases)
 def test_within_twice_the_error_of_plain_torch(instruction_set: str, softcap: float, **case: object) -> None:
-    check(draw(**case), softcap=softcap)  # type: ignore[arg-type]
+    check(case, softcap=softcap)
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
