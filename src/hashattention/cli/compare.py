@@ -66,7 +66,10 @@ def compare(
         said = way.tokens[0].tolist()
         last = next((i for i, token in enumerate(said) if token in ends), len(said))
         rate = 1 / statistics.median(way.seconds[1:]) if new_tokens > 2 else None
-        found[name] = {"text": loaded.tokenizer.decode(said[:last], skip_special_tokens=True), "tokens_per_second": rate}
+        found[name] = {
+            "text": loaded.tokenizer.decode(said[:last], skip_special_tokens=True),
+            "tokens_per_second": rate,
+        }
     return found
 
 
