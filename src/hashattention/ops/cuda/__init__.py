@@ -19,7 +19,8 @@ from hashattention.ops.cuda.step import Map, choose, describe, encode, encode_bl
 __all__ = ["decode", "decode_step", "refuse"]
 
 SHORT = (torch.float16, torch.bfloat16)
-#: As many rows the step encodes by itself; more share a launch of their own, which reads the maps once for all.
+#: As many rows of as many tokens the step encodes by itself, in clusters of 8 blocks; more rows share a launch of their
+#: own, which reads the maps once for all.
 FEW_ROWS, FEW_TOKENS = 24, 8 << 16
 
 
