@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hashattention import artifact
@@ -119,3 +121,54 @@ def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(ArtifactError, match=r"'someone/some-maps', and the hub did not give it \(no route"):
         artifact.locate("someone/some-maps")
+
+
+@pytest.fixture
+def small(tmp_path):
+    build().save_pretrained(tmp_path / "small", torch.int8)
+    return tmp_path / "small"
+
+
+def test_int8_weights_are_half_as_large_and_of_a_version_of_their_own(folder, small):
+    sizes = [(path / "model.safetensors").stat().st_size for path in (folder, small)]
+    assert sizes[1] < 0.7 * sizes[0], "biases and peaks weigh much in maps as small as these"
+    versions = [json.loads((path / "config.json").read_text())["format_version"] for path in (folder, small)]
+    assert versions == [1, 2]
+
+
+def test_what_was_read_from_int8_is_written_alike(small, tmp_path):
+    maps = HashMaps.from_pretrained(small)
+    maps.save_pretrained(tmp_path / "again", torch.int8)
+    assert (small / "model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+    for name, tensor in maps.state_dict().items():
+        assert torch.equal(tensor, tensor.bfloat16().float()) or ".biases." in name
+
+
+@given(st.integers(0, 2**31), st.sampled_from(["key.weights.0", "query.weights.1"]), st.floats(-30, 30))
+def test_int8_is_within_half_a_level_and_settles_at_once(seed, name, octave):
+    torch.manual_seed(seed)
+    weight = torch.randn(2, 3, 7, 5) * 2**octave * torch.randn(2, 3, 7, 1).exp()
+    weight[0, 0, 0] = 0
+    packed = artifact.pack({name: weight}, torch.int8)
+    found = artifact.unpack(packed)[name].float()
+    peak = packed[name + artifact.PEAK].float()
+    # Half a level, and what bfloat16 rounds away of peak and weight.
+    assert ((found - weight).abs() <= peak * (0.5 / 127 + 2**-8)).all()
+    again = artifact.pack({name: found}, torch.int8)
+    assert all(torch.equal(again[key], packed[key]) for key in packed)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors: tensors.pop("key.weights.1.peak"), "peaks of int8 weights do not fit"),
+        (lambda tensors: tensors.update({"key.weights.1.peak": torch.ones(2, 2, 1, 3)}), "do not fit"),
+        (lambda tensors: tensors["query.weights.0.peak"].fill_(float("nan")), "NaN or infinity"),
+    ],
+)
+def test_damaged_peaks_are_refused(small, damage, message):
+    tensors = load_file(small / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, small / "model.safetensors")
+    with pytest.raises(ArtifactError, match=message):
+        HashMaps.from_pretrained(small)

@@ -16,7 +16,12 @@ from torch import Tensor
 from hashattention.errors import ArtifactError, MissingDependencyError
 
 FORMAT = "hashattention-maps"
-FORMAT_VERSION = 1
+#: Version 2 may hold int8 weights (see `pack`); maps without them are written as version 1, which older releases read.
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+#: What a weight's name ends in, for the peaks of its int8 levels.
+PEAK = ".peak"
+LEVELS = 127
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 LFS_POINTER = b"version https://git-lfs"
@@ -31,7 +36,8 @@ def write(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Ma
     partial = target / f".{WEIGHTS_FILE}.partial"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
     partial.replace(target / WEIGHTS_FILE)
-    document = {"format": FORMAT, "format_version": FORMAT_VERSION, **config}
+    version = FORMAT_VERSION if any(name.endswith(PEAK) for name in tensors) else 1
+    document = {"format": FORMAT, "format_version": version, **config}
     partial = target / f".{CONFIG_FILE}.partial"
     partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     partial.replace(target / CONFIG_FILE)
@@ -39,7 +45,7 @@ def write(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Ma
 
 
 def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a maps folder: its configuration and its tensors.
+    """Read a maps folder: its configuration and its tensors, int8 weights unpacked.
 
     Raises
     ------
@@ -62,7 +68,53 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{weights}: tensor {name!r} holds NaN or infinity; train the maps again.")
-    return config, tensors
+    try:
+        return config, unpack(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise ArtifactError(f"{weights}: the peaks of int8 weights do not fit them ({error}); get it again.") from error
+
+
+def pack(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is stored of maps (`HashMaps.state_dict`): weights in `dtype`, biases in float32.
+
+    `dtype` int8 keeps a weight ``[L, H, in, out]`` as levels -127..127 and the bfloat16 `peak` of each channel, the
+    largest magnitude in it: ``weight = bfloat16(level * peak / 127)``. The first stage has a peak per input channel
+    ``[L, H, in, 1]`` (inputs come as the model makes them, of very unlike sizes), the others one per output channel
+    ``[L, H, 1, out]``. What `unpack` gives packs into the same levels and peaks again.
+
+    Examples
+    --------
+    >>> held = pack({"key.weights.1": torch.tensor([[1.0, -0.5], [0.0, 2.0]])}, torch.int8)
+    >>> held["key.weights.1"].tolist(), held["key.weights.1.peak"].tolist()
+    ([[127, -32], [0, 127]], [[1.0, 2.0]])
+    """
+    packed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach()
+        if ".weights." not in name:
+            packed[name] = plain.float()
+        elif dtype != torch.int8:
+            packed[name] = plain.to(dtype)
+        else:
+            peak = plain.abs().amax(-1 if name.endswith(".weights.0") else -2, keepdim=True).bfloat16()
+            unit = peak.float().clamp(min=torch.finfo(torch.float32).tiny)
+            packed[name] = (plain / unit * LEVELS).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+            packed[name + PEAK] = peak
+    return packed
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that `pack` was given, as rounded by it: int8 levels become bfloat16 weights, others stay."""
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith(PEAK)}
+    for name, levels in found.items():
+        if levels.dtype == torch.int8:
+            found[name] = (levels.float() * tensors[name + PEAK].float() / LEVELS).bfloat16()
+    return found
+
+
+def round_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight called `name` as it will be read again, float32."""
+    return unpack(pack({name: weight}, dtype))[name].float()
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -86,9 +138,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format", "none") if isinstance(config, dict) else type(config).__name__
         raise ArtifactError(f"{path}: format is {found!r}, expected {FORMAT!r}; this is not a maps folder.")
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") not in READABLE:
         raise ArtifactError(
-            f"{path}: format_version is {config.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
+            f"{path}: format_version is {config.get('format_version')!r}, this release reads "
+            f"{' and '.join(map(str, READABLE))}; "
             "install a matching hashattention or train the maps again."
         )
     return config

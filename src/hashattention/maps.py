@@ -138,6 +138,7 @@ class HashMaps(nn.Module):
         """Write the maps folder (``config.json``, ``model.safetensors``): weights in `dtype`, biases in float32.
 
         The first stage's bias holds the inputs' mean, which may be far from zero; it is small and stays exact.
+        `torch.int8` halves the folder (`artifact.pack`); such weights are read as bfloat16.
         """
         config: dict[str, Any] = {
             "base_model": dataclasses.asdict(self.model),
@@ -146,8 +147,7 @@ class HashMaps(nn.Module):
         }
         if self.shares is not None:
             config["shares"] = self.shares
-        tensors = {n: t.detach().to(dtype if ".weights." in n else torch.float32) for n, t in self.state_dict().items()}
-        artifact.write(folder, config, tensors)
+        artifact.write(folder, config, artifact.pack(self.state_dict(), dtype))
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], model: BaseModel | None = None) -> HashMaps:

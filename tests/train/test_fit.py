@@ -14,6 +14,7 @@ from hashattention.train import metrics
 from hashattention.train.fit import draw, fit, layer_bytes
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards
+from hashattention.train.targets import StoredTargets, stored_bytes
 
 BASE = BaseModel("LlamaForCausalLM", 3, 4, 2, 16, (0, 1, 2), "theta")
 CPU = torch.device("cpu")
@@ -75,12 +76,19 @@ def stop_at(step):
     return progress
 
 
-@pytest.mark.parametrize("loss", ["distill", "bce"])
+KINDS = {
+    "distill": {},
+    "bce": {"loss": "bce"},
+    "some tokens, watched": {"step_tokens": 64, "patience": 9, "check_every": 3, "average": 0.9},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", [1, 5, 11, 17, 35])
-def test_an_interrupted_fit_ends_in_the_same_bits(tmp_path, loss, stop):
+def test_an_interrupted_fit_ends_in_the_same_bits(tmp_path, kind, stop):
     """Three groups of 12 steps, a checkpoint every 4: stopped before the first one, between two, in the last group."""
-    recipe = tiny_recipe(loss=loss, step_sequences=2)
-    options = {"device": CPU, "memory_bytes": layer_bytes(recipe, BASE)}
+    recipe = tiny_recipe(step_sequences=2, **KINDS[kind])
+    options = {"device": CPU, "memory_bytes": layer_bytes(recipe, BASE), "held_out": samples(recipe, 1, seed=5)}
     whole = fit(samples(recipe), BASE, recipe, tmp_path / "whole", **options).state_dict()
     with pytest.raises(Stop):
         fit(samples(recipe), BASE, recipe, tmp_path / "cut", **options, progress=stop_at(stop))
@@ -99,24 +107,57 @@ def test_a_damaged_checkpoint_costs_time_only(tmp_path):
     assert equal(whole, fit(samples(recipe), BASE, recipe, tmp_path, device=CPU).state_dict())
 
 
-def test_weights_are_rounded_to_what_is_saved(tmp_path):
-    maps = fit(samples(tiny_recipe()), BASE, tiny_recipe(), tmp_path, device=CPU)
-    maps.save_pretrained(tmp_path / "maps")
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "float32"])
+def test_weights_are_rounded_to_what_is_saved(tmp_path, weights):
+    recipe = tiny_recipe(weights=weights, maps=MapsConfig(32, (16, 12), query_widths=(24,)))
+    maps = fit(samples(recipe), BASE, recipe, tmp_path, device=CPU)
+    maps.save_pretrained(tmp_path / "maps", recipe.stored)
     saved = HashMaps.from_pretrained(tmp_path / "maps").state_dict()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in maps.state_dict().items())
     assert not any(tensor.requires_grad for tensor in maps.parameters())
 
 
+def test_some_tokens_teach_almost_as_well_as_all():
+    budgets = [Budget(heavy=0.125, sink=4, local=16)]
+    recipe = tiny_recipe(steps=150, learning_rate=1e-2)
+    maps = {
+        "fresh": fit(samples(recipe), BASE, dataclasses.replace(recipe, steps=1), None, device=CPU),
+        "all": fit(samples(recipe), BASE, recipe, None, device=CPU),
+        "some": fit(samples(recipe), BASE, dataclasses.replace(recipe, step_tokens=64), None, device=CPU),
+    }
+    found = metrics.measure(samples(recipe, 1, seed=5), BASE, maps, budgets, device=CPU)
+    fresh, whole, some = (found[name][0, :, 0].mean() for name in maps)
+    assert some - whole < 0.2 * (fresh - whole)
+
+
+def test_sequences_of_several_lengths_are_one_course():
+    recipe = tiny_recipe(lengths=(256, 128), queries=16, steps=8, step_tokens=64)
+    store = samples(recipe)
+    for index in (1, 3):
+        store.samples[index] = dataclasses.replace(
+            store.samples[index], key=store.samples[index].key[:, :, :128],
+            positions=store.samples[index].positions.clamp(max=127),
+        )  # fmt: skip
+    stored = StoredTargets(store, recipe, BASE, 0, 3, CPU)
+    assert sum(part.numel() for part in stored.bytes) == stored_bytes(recipe, BASE, 4, 3)
+    for targets in (None, stored):
+        maps = fit(store, BASE, recipe, None, device=CPU, targets=targets)
+        assert all(tensor.isfinite().all() for tensor in maps.state_dict().values())
+
+
 def test_every_epoch_sees_every_sequence_once():
     recipe = tiny_recipe(step_sequences=2)
-    drawn = [pair for step in range(4) for pair in draw(recipe, step, 4, 32)]
-    assert sorted(index for index, _ in drawn[:4]) == sorted(index for index, _ in drawn[4:]) == [0, 1, 2, 3]
-    assert all(len(set(queries.tolist())) == 16 and queries.max() < 32 for _, queries in drawn)
-    assert [q.tolist() for _, q in draw(recipe, 3, 4, 32)] == [q.tolist() for _, q in draw(recipe, 3, 4, 32)]
+    drawn = [turn for step in range(4) for turn in draw(recipe, step, 4, 32)]
+    assert sorted(turn.sequence for turn in drawn[:4]) == sorted(turn.sequence for turn in drawn[4:]) == [0, 1, 2, 3]
+    assert all(len(set(turn.queries.tolist())) == 16 and turn.queries.max() < 32 for turn in drawn)
+    assert all(0 <= turn.start < 1 for turn in drawn) and len({turn.start for turn in drawn}) == 8
+    again = draw(recipe, 3, 4, 32)
+    assert [turn.queries.tolist() for turn in drawn[6:]] == [turn.queries.tolist() for turn in again]
+    assert [turn.start for turn in drawn[6:]] == [turn.start for turn in again]
 
 
 def test_the_papers_step_sees_one_block():
     recipe = Recipe.paper()
-    blocks = {int(draw(recipe, step, 48, 8192)[0][1][0]) for step in range(100)}
+    blocks = {int(draw(recipe, step, 48, 8192)[0].queries[0]) for step in range(100)}
     assert all(first % 256 == 0 for first in blocks) and len(blocks) > 20
-    assert draw(recipe, 0, 48, 8192)[0][1].diff().eq(1).all()
+    assert draw(recipe, 0, 48, 8192)[0].queries.diff().eq(1).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +13,15 @@ from torch import Tensor
 from hashattention.config import BaseModel
 from hashattention.maps import HashMaps
 from hashattention.models.packaged import Progress
-from hashattention.train.labels import heavy_candidates, tensor_float32
+from hashattention.train import checkpoint
+from hashattention.train.labels import tensor_float32
 from hashattention.train.losses import total
 from hashattention.train.optimise import Optimiser, RunningMean
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards, Samples, hash_seed, resident, sample_bytes
 from hashattention.train.student import Student, measure_moments
-from hashattention.train.targets import LiveTargets, StoredTargets, Targets, free_bytes, stored_bytes
+from hashattention.train.targets import LiveTargets, StoredTargets, Targets, free_bytes, stored_bytes, thin
+from hashattention.train.watch import Watch
 
 #: Bytes one step may use on a CPU, and the share of a GPU's free memory it may use.
 CPU_BYTES = 2 << 30
@@ -38,7 +41,7 @@ def fit(
     device: torch.device,
     memory_bytes: int | None = None,
     targets: Targets | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    held_out: Samples | None = None,
     progress: Progress | None = None,
 ) -> HashMaps:
     """Train the maps of every layer of `base` on `samples`.
@@ -58,15 +61,15 @@ def fit(
     targets : Targets, optional
         Of all layers, which are then trained at once. By default those of each group of layers are stored where a GPU
         has room for them, and made in every step elsewhere.
-    dtype : torch.dtype
-        The weights of the result are rounded to it (and kept in float32), so that metrics see what is saved.
+    held_out : Samples, optional
+        What a recipe with `patience` watches.
     progress : callable, optional
         Called as ``progress(text, steps done, steps in all)``.
 
     Returns
     -------
     HashMaps
-        On the CPU.
+        On the CPU, its weights rounded to what is saved (`Recipe.weights`) and kept in float32.
     """
     bound = memory_bytes if memory_bytes is not None else _default_bytes(device)
     at_once = len(base.layers) if targets is not None else max(1, bound // layer_bytes(recipe, base))
@@ -83,7 +86,9 @@ def fit(
         student = Student(recipe, base, first, last, moments)
         path = None if folder is None else folder / f"layers-{first:03d}-{last:03d}.safetensors"
         taught = targets or _targets(near, recipe, base, first, last, device)
-        parts.append(student.folded(dtype, _run(student, near, taught, path, device, report)))
+        watch = Watch(student, held_out, device) if recipe.patience and held_out is not None else None
+        course = Course(student, near, taught, device, watch)
+        parts.append(student.folded(recipe.stored, course.run(path, report)))
     maps = HashMaps(recipe.maps, base)
     maps.load_state_dict({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     return maps.requires_grad_(False)
@@ -108,17 +113,23 @@ def _targets(samples: Samples, recipe: Recipe, base: BaseModel, first: int, last
 
 def layer_bytes(recipe: Recipe, base: BaseModel) -> int:
     """Roughly what one step needs per layer, in bytes: score matrices of teacher and student, and activations."""
-    pairs = 4 * recipe.step_queries * recipe.context
-    activations = 4 * recipe.context * (sum(recipe.maps.widths) + recipe.maps.bits + 2 * base.head_dim)
-    teacher, student = (
-        3 * base.num_attention_heads,
-        6 * recipe.maps.selection_heads(base) + recipe.maps.code_heads(base),
-    )
-    return (teacher + student) * pairs + 3 * recipe.maps.signature_heads(base) * activations
+    seen = min(recipe.context, recipe.step_tokens * 3 // 2 or recipe.context)
+    activations = 4 * seen * (sum(recipe.maps.widths) + recipe.maps.bits + 2 * base.head_dim)
+    teacher = 3 * base.num_attention_heads * recipe.context
+    student = (6 * recipe.maps.selection_heads(base) + recipe.maps.code_heads(base)) * seen
+    return 4 * recipe.step_queries * (teacher + student) + 3 * recipe.maps.signature_heads(base) * activations
 
 
-def draw(recipe: Recipe, step: int, sequences: int, held: int) -> list[tuple[int, Tensor]]:
-    """What a step sees: (sequence, indices into its `held` queries); it depends on recipe and step alone."""
+class Turn(NamedTuple):
+    """One sequence of a step: its number, indices into its queries, and where its tokens are taken (`targets.thin`)."""
+
+    sequence: int
+    queries: Tensor
+    start: float
+
+
+def draw(recipe: Recipe, step: int, sequences: int, held: int) -> list[Turn]:
+    """What a step sees of sequences with `held` queries each; it depends on recipe and step alone."""
     drawn = []
     for turn in range(step * recipe.step_sequences, (step + 1) * recipe.step_sequences):
         epoch, place = divmod(turn, sequences)
@@ -129,7 +140,7 @@ def draw(recipe: Recipe, step: int, sequences: int, held: int) -> list[tuple[int
             index = torch.arange(block * count, (block + 1) * count)
         else:
             index = torch.randperm(held, generator=generator)[:count].sort().values
-        drawn.append((int(order[place]), index))
+        drawn.append(Turn(int(order[place]), index, float(torch.rand((), generator=generator))))
     return drawn
 
 
@@ -141,102 +152,82 @@ def _default_bytes(device: torch.device) -> int:
     return int(free_bytes(device) * GPU_SHARE) if device.type == "cuda" else CPU_BYTES
 
 
-def _run(
-    student: Student,
-    samples: Samples,
-    targets: Targets,
-    path: Path | None,
-    device: torch.device,
-    report: Callable[[int], None],
-) -> dict[str, Tensor]:
-    """Train from the checkpoint at `path`, if there is one, to the last step; the tensors to keep."""
-    recipe = student.recipe
-    optimiser = Optimiser(student, recipe)
-    mean = RunningMean(student, recipe.average) if recipe.average else None
-    done = _load(path, student, optimiser, mean) if path is not None else 0
-    report(done)
-    held = samples.read(0, student.first, student.first + 1).query.shape[2]
-    for step in range(done, recipe.steps):
-        if (step - done) % PLANNED == 0:
-            plan = _plan(recipe, range(step, min(step + PLANNED, recipe.steps)), len(samples), held, device)
-        for index, queries in plan[step]:
-            _backward(student, samples, targets, step, index, queries, device)
-        optimiser.step(step)
-        if mean is not None:
-            mean.add(student, step)
-        if path is not None and ((step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps):
-            _save(path, student, optimiser, mean, step + 1)
-        report(step + 1)
-    return student.tensors if mean is None else mean.tensors
+class Course:
+    """The training of one group of layers.
+
+    Parameters
+    ----------
+    student, samples, targets
+        Who learns what.
+    device : torch.device
+    watch : Watch, optional
+        Ends it early.
+    """
+
+    def __init__(
+        self, student: Student, samples: Samples, targets: Targets, device: torch.device, watch: Watch | None = None
+    ) -> None:
+        self.student, self.samples, self.targets, self.device, self.watch = student, samples, targets, device, watch
+        self.recipe = student.recipe
+        self.optimiser = Optimiser(student, self.recipe)
+        self.mean = RunningMean(student, self.recipe.average) if self.recipe.average else None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What would be kept now: the running mean, or the student's own."""
+        return self.student.tensors if self.mean is None else self.mean.tensors
+
+    def run(self, path: Path | None, report: Callable[[int], None]) -> dict[str, Tensor]:
+        """Train from the checkpoint at `path`, if there is one, to the last step; the tensors to keep."""
+        recipe, student = self.recipe, self.student
+        done = checkpoint.load(path, student, self.optimiser, self.mean, self.watch) if path is not None else 0
+        report(done)
+        held = self.samples.read(0, student.first, student.first + 1).query.shape[2]
+        for step in range(done, recipe.steps):
+            if (step - done) % PLANNED == 0:
+                plan = _plan(
+                    recipe, range(step, min(step + PLANNED, recipe.steps)), len(self.samples), held, self.device
+                )
+            for turn in plan[step]:
+                self._learn(step, turn)
+            self.optimiser.step(step)
+            if self.mean is not None:
+                self.mean.add(student, step)
+            done = step + 1
+            if self.watch is not None and self.watch.due(recipe, done) and not self.watch.look(self.tensors):
+                done = recipe.steps
+            if path is not None and (done % recipe.checkpoint_every == 0 or done == recipe.steps):
+                checkpoint.save(path, student, self.optimiser, self.mean, self.watch, done)
+            report(done)
+            if done == recipe.steps:
+                break
+        return self.watch.best if self.watch is not None else self.tensors
+
+    def _learn(self, step: int, turn: Turn) -> None:
+        """Add the gradient of one sequence."""
+        recipe, student = self.recipe, self.student
+        sample = self.samples.read(turn.sequence, student.first, student.last).to(self.device).pick(turn.queries)
+        chosen = thin(sample.key.shape[2], recipe.step_tokens, turn.start)
+        with torch.no_grad():
+            lesson = self.targets.lesson(turn.sequence, turn.queries, sample, chosen)
+        hard = step >= recipe.straight_through * recipe.steps
+        fast = student.dtype == torch.bfloat16
+        with tensor_float32(self.device) if fast else contextlib.nullcontext():
+            query, key = student.codes(lesson.sample, hard, slope(recipe, step))
+            scores = student.compare(query, key)
+            loss = total(scores, key, lesson.target, lesson.heavy, recipe, lesson.offset)
+            (loss / recipe.step_sequences).backward()
 
 
-def _plan(
-    recipe: Recipe, steps: range, sequences: int, held: int, device: torch.device
-) -> dict[int, list[tuple[int, Tensor]]]:
+def _plan(recipe: Recipe, steps: range, sequences: int, held: int, device: torch.device) -> dict[int, list[Turn]]:
     """`draw` of many steps, moved to the device at once: a step of its own never waits for a copy."""
     drawn = {step: draw(recipe, step, sequences, held) for step in steps}
-    moved = torch.stack([queries for each in drawn.values() for _, queries in each]).to(device)
+    moved = torch.stack([turn.queries for turns in drawn.values() for turn in turns]).to(device)
     rows = iter(moved.unbind(0))
-    return {step: [(index, next(rows)) for index, _ in each] for step, each in drawn.items()}
+    return {step: [turn._replace(queries=next(rows)) for turn in turns] for step, turns in drawn.items()}
 
 
 def slope(recipe: Recipe, step: int) -> float:
     """Slope of the bits' tanh at a step: from 1 to `anneal`, geometrically, over the soft steps."""
     soft = max(1.0, recipe.straight_through * recipe.steps)
     return float(recipe.anneal ** min(1.0, step / soft))
-
-
-def _backward(
-    student: Student,
-    samples: Samples,
-    targets: Targets,
-    step: int,
-    index: int,
-    queries: Tensor,
-    device: torch.device,
-) -> None:
-    recipe = student.recipe
-    sample = samples.read(index, student.first, student.last).to(device).pick(queries)
-    with torch.no_grad():
-        target = targets.of(index, queries, sample)
-    heavy = heavy_candidates(sample.positions, sample.key.shape[2], recipe.sink, recipe.local)
-    hard = step >= recipe.straight_through * recipe.steps
-    fast = student.dtype == torch.bfloat16
-    with tensor_float32(device) if fast else contextlib.nullcontext():
-        query, key = student.codes(sample, hard, slope(recipe, step))
-        loss = total(student.compare(query, key), key, target, heavy, recipe)
-        (loss / recipe.step_sequences).backward()
-
-
-def _save(path: Path, student: Student, optimiser: Optimiser, mean: RunningMean | None, step: int) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {f"weight.{name}": tensor.detach() for name, tensor in student.tensors.items()} | optimiser.state()
-    if mean is not None:
-        tensors |= {f"mean.{name}": tensor for name, tensor in mean.tensors.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata={"step": str(step)}
-    )
-    partial.replace(path)
-
-
-def _load(path: Path, student: Student, optimiser: Optimiser, mean: RunningMean | None) -> int:
-    """Continue from a checkpoint: the steps it has seen; 0 if there is none, or one that cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError:
-        return 0
-    for name, tensor in student.tensors.items():
-        tensor.data.copy_(held[f"weight.{name}"])
-        if mean is not None:
-            mean.tensors[name].copy_(held[f"mean.{name}"])
-    optimiser.restore(held, step)
-    return step

@@ -111,7 +111,7 @@ class Lab:
             recipe = dataclasses.replace(recipe, weigh="value")
         text = sequences(
             self.tokenizer, self.texts, context=recipe.context, count=recipe.sequences, held_out=recipe.held_out,
-            seed=recipe.seed, held_out_texts=self.held_out_texts, progress=self.progress,
+            seed=recipe.seed, held_out_texts=self.held_out_texts, lengths=recipe.lengths, progress=self.progress,
         )  # fmt: skip
         self.fingerprint = text.fingerprint
         self.captured = run.capture_all(self.model, self.base, text, recipe, None, {}, self.progress)
@@ -185,7 +185,8 @@ class Lab:
         fewer = _first(samples, recipe.sequences)
         targets = self._targets(fewer, recipe, layers)
         taught = time.monotonic()
-        maps = fit(fewer, base, recipe, None, device=self.device, targets=targets, progress=self.progress)
+        options: dict[str, Any] = {"targets": targets, "held_out": held_out, "progress": self.progress}
+        maps = fit(fewer, base, recipe, None, device=self.device, **options)
         trained = time.monotonic()
         if recipe.fit_budgets:
             maps.shares = self._shares(maps, held_out, recipe, base)
@@ -208,7 +209,7 @@ class Lab:
             row["tests"] = self._test(maps, layers)
         if variant.save:
             maps.training_info = {key: row[key] for key in ("recipe", "budgets", "text", "origin")}
-            maps.cpu().save_pretrained(self.out / variant.name.replace("/", "-"))
+            maps.cpu().save_pretrained(self.out / variant.name.replace("/", "-"), recipe.stored)
         self._add(row)
 
     def _shares(self, maps: HashMaps, held_out: MemoryShards, recipe: Recipe, base: BaseModel) -> budgets.Shares:
@@ -231,7 +232,13 @@ class Lab:
         if self.device.type != "cuda" or recipe.loss == "bce":
             return None
         selection_heads = recipe.maps.selection_heads(self.base)
-        key = layers, selection_heads, recipe.loss == "topk", *(getattr(recipe, name) for name in _TARGET_FIELDS)
+        key = (
+            layers,
+            selection_heads,
+            recipe.loss == "topk",
+            recipe.step_tokens > 0,
+            *(getattr(recipe, name) for name in _TARGET_FIELDS),
+        )
         if self._stored is None or self._stored[0] != key:
             self._stored = None
             base = dataclasses.replace(self.base, layers=layers)

@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from hashattention.config import MapsConfig, from_mapping
 from hashattention.errors import ConfigError
 
 Loss = Literal["distill", "topk", "mix", "rank", "bce"]
 Pool = Literal["mean", "peak_sum", "peak_max", "rank"]
 Weigh = Literal["none", "value", "output"]
+Weights = Literal["float32", "bfloat16", "int8"]
 
 _CHOICES = {
     "loss": ("distill", "topk", "mix", "rank", "bce"),
@@ -25,12 +28,13 @@ _CHOICES = {
     "sampling": ("stratified", "chunk_tail"),
     "schedule": ("cosine", "constant"),
     "precision": ("float32", "bfloat16"),
+    "weights": ("float32", "bfloat16", "int8"),
 }
 _WHOLE = (
     *("context", "sequences", "queries", "steps", "step_sequences", "step_queries", "top", "negatives"),
-    "checkpoint_every",
+    *("checkpoint_every", "check_every"),
 )
-_COUNTS = ("held_out", "held_out_queries", "sink", "local", "warmup", "seed")
+_COUNTS = ("held_out", "held_out_queries", "sink", "local", "warmup", "seed", "step_tokens", "patience")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,9 @@ class Recipe:
     maps : MapsConfig
         Shape, score and sharing of the maps.
     context : int
-        Tokens of every training sequence: train at the length that is served.
+        Tokens of every sequence: train at the length that is served.
+    lengths : tuple of int
+        Training sequences take these lengths in turn (each at most `context`) in place of `context`.
     sequences, held_out : int
         Training sequences, and sequences kept for the metrics (never trained on).
     queries, held_out_queries : int
@@ -69,6 +75,12 @@ class Recipe:
         Slope of the key's tanh at the end of the soft steps; it grows from 1, geometrically.
     steps, step_sequences, step_queries : int
         Optimiser steps, and what one step sees.
+    step_tokens : int
+        Tokens of a sequence that one step sees, whatever its length (see `targets.thin`): those that most attention
+        goes to and a sample of the others, weighed by what they stand for. 0: all. For "distill" and "topk".
+    patience, check_every : int
+        The loss of hard codes on held-out sequences is measured every `check_every` steps; training ends once it has
+        not fallen `patience` times in a row, with the weights that had the least. 0: it runs to the last step.
     optimiser, learning_rate, weight_decay, warmup, schedule
         "adam" (AdamW with a `weight_decay`) or "muon" (orthogonalised momentum for the weight matrices, Adam for the
         rest); `warmup` steps, then a cosine to a hundredth, or constant.
@@ -84,6 +96,8 @@ class Recipe:
         Tokens that are always attended and so are no candidates.
     precision : {"float32", "bfloat16"}
         Of the maps' matrix products on a GPU (weights, logits and losses stay float32).
+    weights : {"bfloat16", "int8", "float32"}
+        How the maps' weights are stored (`artifact.pack`); the metrics are of what is stored.
     checkpoint_every : int
         Steps between checkpoints.
     budgets : tuple of float
@@ -97,6 +111,7 @@ class Recipe:
 
     maps: MapsConfig = dataclasses.field(default_factory=MapsConfig)
     context: int = 8192
+    lengths: tuple[int, ...] = ()
     sequences: int = 48
     held_out: int = 4
     queries: int = 512
@@ -118,6 +133,9 @@ class Recipe:
     steps: int = 1500
     step_sequences: int = 1
     step_queries: int = 256
+    step_tokens: int = 0
+    patience: int = 0
+    check_every: int = 200
     optimiser: Literal["adam", "muon"] = "adam"
     learning_rate: float = 5e-3
     query_rate: float = 1.0
@@ -131,6 +149,7 @@ class Recipe:
     sink: int = 16
     local: int = 64
     precision: Literal["float32", "bfloat16"] = "float32"
+    weights: Weights = "bfloat16"
     checkpoint_every: int = 200
     budgets: tuple[float, ...] = (1 / 8, 1 / 16, 1 / 32)
     fit_budgets: float = 0.0
@@ -155,11 +174,23 @@ class Recipe:
         _require(enough, "held_out", "at least 2 with fit_budgets, which takes one half", self.held_out)
         least = self.sink + self.local + 2
         _require(self.context >= least, "context", f"at least sink + local + 2 = {least} tokens", self.context)
-        most = len(self.positions_from())
+        for length in self.lengths:
+            fits = isinstance(length, int) and least <= length <= self.context
+            _require(fits, "lengths", f"whole numbers from {least} to context = {self.context}", self.lengths)
+        most = min(len(self.positions_from(length)) for length in (self.context, *self.lengths))
         _require(self.queries <= most, "queries", f"at most {most}, the positions there are", self.queries)
+        sampled = not self.step_tokens or self.loss in ("distill", "topk")
+        _require(sampled, "step_tokens", f"0 with loss {self.loss!r}, which needs all tokens", self.step_tokens)
+        judged = not self.patience or self.held_out > 0
+        _require(judged, "held_out", "at least 1 with patience, which watches held-out sequences", self.held_out)
         _require(
             self.step_queries <= self.queries, "step_queries", f"at most queries = {self.queries}", self.step_queries
         )
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype that `weights` names."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[self.weights]
 
     @classmethod
     def group(cls) -> Recipe:
@@ -229,12 +260,16 @@ class Recipe:
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return values
 
-    def positions_from(self) -> range | list[int]:
-        """Every position (in tokens) a query may be taken from."""
-        least = self.sink + self.local + 1
+    def length(self, sequence: int) -> int:
+        """Tokens of a training sequence."""
+        return self.lengths[sequence % len(self.lengths)] if self.lengths else self.context
+
+    def positions_from(self, length: int | None = None) -> range | list[int]:
+        """Every position (in tokens) a query may be taken from in a sequence of `length` tokens, or of `context`."""
+        least, tokens = self.sink + self.local + 1, self.context if length is None else length
         if self.sampling == "chunk_tail":
-            return [p for p in range(least, self.context) if p % 1024 >= 768]
-        return range(max(least, int(self.first_position * self.context)), self.context)
+            return [p for p in range(least, tokens) if p % 1024 >= 768]
+        return range(max(least, int(self.first_position * tokens)), tokens)
 
 
 def _require(condition: bool, name: str, allowed: str, given: Any) -> None:

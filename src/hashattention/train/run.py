@@ -111,8 +111,10 @@ def train(
     where = next(loaded.model.parameters()).device
     whole = dataclasses.replace(describe(loaded.model), name=loaded.source.hub_id or Path(loaded.source.name).name)
     base = ranks.share(whole)
-    counts = {"context": recipe.context, "count": recipe.sequences, "held_out": recipe.held_out, "seed": recipe.seed}
-    text = sequences(loaded.tokenizer, texts, **counts, held_out_texts=held_out_texts, progress=progress)
+    text = sequences(
+        loaded.tokenizer, texts, context=recipe.context, count=recipe.sequences, held_out=recipe.held_out,
+        seed=recipe.seed, held_out_texts=held_out_texts, lengths=recipe.lengths, progress=progress,
+    )  # fmt: skip
     folder = Path(out) / WORK
     own = folder if ranks.world == 1 else folder / f"rank-{ranks.rank}-of-{ranks.world}"
     weights = shards.weights_fingerprint(loaded.model)
@@ -122,7 +124,10 @@ def train(
     if not memory:
         shards.check_disk(own / SHARDS, shards.capture_bytes(recipe, base), disk_bytes)
     captured = capture_all(loaded.model, base, text, recipe, None if memory else own / SHARDS, settings, progress)
-    maps = fit(captured.train, base, recipe, own, device=where, memory_bytes=memory_bytes, progress=progress)
+    maps = fit(
+        captured.train, base, recipe, own, device=where, memory_bytes=memory_bytes, held_out=captured.held_out,
+        progress=progress,
+    )  # fmt: skip
     shares = share_budgets(captured, base, maps, recipe, where, ranks) if recipe.fit_budgets else None
     if shares is not None:
         at = whole.layers.index(base.layers[0])
@@ -138,7 +143,7 @@ def train(
     }
     maps.training_info = report
     if ranks.first:
-        maps.cpu().save_pretrained(out)
+        maps.cpu().save_pretrained(out, recipe.stored)
     ranks.wait()
     if not keep_work and ranks.first:
         shutil.rmtree(folder, ignore_errors=True)

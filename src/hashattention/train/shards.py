@@ -196,8 +196,9 @@ def capture_settings(recipe: Recipe, base: BaseModel, weights: str, texts: str) 
     # The name is where a model was found; its architecture and weights say which it is.
     model = {key: value for key, value in dataclasses.asdict(base).items() if key != "name"}
     # The texts last: their tokens depend on the context, and the cause is to be named, not its effect.
-    values = {"values": True} if recipe.weigh != "none" else {}
-    return {"model": model, "weights": weights, **ours, **values, "texts": texts}
+    some: dict[str, Any] = {"values": True} if recipe.weigh != "none" else {}
+    some |= {"lengths": recipe.lengths} if recipe.lengths else {}
+    return {"model": model, "weights": weights, **ours, **some, "texts": texts}
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
@@ -221,7 +222,7 @@ def sample_bytes(recipe: Recipe, base: BaseModel, *, held_out: bool) -> int:
 def capture_bytes(recipe: Recipe, base: BaseModel) -> int:
     """Bytes of all samples of a recipe."""
     train, held = (sample_bytes(recipe, base, held_out=held_out) for held_out in (False, True))
-    return recipe.sequences * train + recipe.held_out * held
+    return recipe.sequences * train + recipe.held_out * held  # shorter `lengths` need less
 
 
 def check_disk(folder: Path, needed: int, allowed: int | None) -> None:
@@ -240,7 +241,7 @@ def check_disk(folder: Path, needed: int, allowed: int | None) -> None:
 
 def draw_positions(recipe: Recipe, sequence: int, *, held_out: bool) -> Tensor:
     """Positions int64 ``[N]``, ascending, at which queries of one sequence are recorded; fixed by the recipe's seed."""
-    allowed = torch.tensor(list(recipe.positions_from()))
+    allowed = torch.tensor(list(recipe.positions_from(None if held_out else recipe.length(sequence))))
     count = min(recipe.held_out_queries if held_out else recipe.queries, len(allowed))
     if recipe.sampling == "chunk_tail" and not held_out:
         return allowed[-count:]

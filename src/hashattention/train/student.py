@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hashattention.artifact import round_weight
 from hashattention.config import BaseModel, MapsConfig
 from hashattention.models.capture import Sample
 from hashattention.train.recipe import Recipe
@@ -27,9 +28,9 @@ class Moments:
         scale = self.std[:, :, None].reciprocal()
         return torch.addcmul(-self.mean[:, :, None] * scale, x, scale)
 
-    def fold(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The first stage for inputs as they are: weight / std, rounded to `dtype`, and bias - mean @ weight."""
-        folded = (weight / self.std[..., None]).to(dtype).float()
+    def fold(self, name: str, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The first stage for inputs as they are: weight / std, rounded as it is stored, and bias - mean @ weight."""
+        folded = round_weight(name, weight / self.std[..., None], dtype)
         # With the rounded weight, so that a channel far from zero does not carry its rounding error into the logits.
         return folded, bias - (self.mean[:, :, None] @ folded).squeeze(2)
 
@@ -157,15 +158,16 @@ class Student:
         return soft_round(query, self.config.levels) if hard else query, key
 
     def folded(self, dtype: torch.dtype, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The tensors of `HashMaps` (its names) for these layers, normalisation folded in, weights rounded to
-        `dtype`; of `tensors` (a running mean, say) in place of the student's own, if given.
+        """The tensors of `HashMaps` (its names) for these layers, normalisation folded in, weights rounded to what
+        `HashMaps.save_pretrained` keeps of them with `dtype`; of `tensors` (a running mean, say) in place of the
+        student's own, if given.
         """
         named = self.tensors if tensors is None else tensors
         folded = {name: tensor.detach() for name, tensor in named.items() if name != "sharpness"}
         for name, moments in zip(("query", "key"), self.moments, strict=True):
             first = f"{name}.weights.0", f"{name}.biases.0"
-            folded[first[0]], folded[first[1]] = moments.fold(folded[first[0]], folded[first[1]], dtype)
-        return {n: (t.to(dtype).float() if ".weights." in n else t).cpu() for n, t in folded.items()}
+            folded[first[0]], folded[first[1]] = moments.fold(first[0], folded[first[0]], folded[first[1]], dtype)
+        return {n: (round_weight(n, t, dtype) if ".weights." in n else t).cpu() for n, t in folded.items()}
 
 
 def soft_sign(logits: Tensor, hard: bool, slope: float = 1.0) -> Tensor:

@@ -46,9 +46,12 @@ def sequences(
     held_out: int,
     seed: int = 0,
     held_out_texts: Texts | None = None,
+    lengths: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Sequences:
     """Cut `count` training and `held_out` held-out sequences of `context` tokens; the same call gives the same tokens.
+
+    Training sequences take `lengths` in turn, if there are any, in place of `context`.
 
     Parameters
     ----------
@@ -73,11 +76,11 @@ def sequences(
     if held_out_texts is not None or held_out == 0:
         other = _as_list(held_out_texts) if held_out_texts is not None else []
         held = cut(_documents(other, context, seed), held_out, "held-out")
-        train = cut(_documents(sources, context, seed), count, "training")
+        train = cut(_documents(sources, context, seed), count, "training", lengths)
     else:
         ours, theirs = _split(sources, context, held_out, seed)
         held = cut(theirs, held_out, "held-out")
-        train = cut(ours, count, "training")
+        train = cut(ours, count, "training", lengths)
     return Sequences(train, held, _fingerprint([*train, *held]))
 
 
@@ -90,13 +93,15 @@ class _Cutter:
         begins = list(tokenizer("")["input_ids"])[:1]
         self.prefix = begins if bos is not None and begins == [bos] else []
 
-    def __call__(self, documents: Iterable[str], count: int, which: str) -> list[Tensor]:
-        room = self.context - len(self.prefix)
+    def __call__(self, documents: Iterable[str], count: int, which: str, lengths: Sequence[int] = ()) -> list[Tensor]:
+        turns = lengths or (self.context,)
+        rooms = [turns[index % len(turns)] - len(self.prefix) for index in range(count)]
         found: list[Tensor] = []
         held: list[int] = []
         for document in documents if count else ():
             held += self.tokenizer(document + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
-            while len(held) >= room and len(found) < count:
+            while len(found) < count and len(held) >= rooms[len(found)]:
+                room = rooms[len(found)]
                 found.append(torch.tensor([*self.prefix, *held[:room]], dtype=torch.int64))
                 held = held[room:]
                 if self.progress is not None:
@@ -104,9 +109,10 @@ class _Cutter:
             if len(found) == count:
                 break
         if len(found) < count:
-            tokens = len(found) * room + len(held)
+            tokens = sum(rooms[: len(found)]) + len(held)
+            size = " and ".join(map(str, dict.fromkeys(turns)))
             raise TextError(
-                f"the {which} text holds {tokens} tokens, but {count} sequences of {self.context} need {count * room}; "
+                f"the {which} text holds {tokens} tokens, but {count} sequences of {size} need {sum(rooms)}; "
                 "give more text, or lower `context`, `sequences` or `held_out` in the recipe."
             )
         return found

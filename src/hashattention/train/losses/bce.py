@@ -13,4 +13,4 @@ def bce(scores: Tensor, labels: Tensor, heavy: Tensor, label_weight: float) -> T
     """
     weight = scores.new_tensor(label_weight)
     each = functional.binary_cross_entropy_with_logits(scores, labels, pos_weight=weight, reduction="none")
-    return (each * heavy).sum((-2, -1)) / heavy.sum().clamp(min=1)
+    return (each * heavy).sum((-2, -1)) / heavy.sum((-2, -1)).clamp(min=1)
