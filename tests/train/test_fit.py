@@ -147,17 +147,19 @@ def test_sequences_of_several_lengths_are_one_course():
 
 def test_every_epoch_sees_every_sequence_once():
     recipe = tiny_recipe(step_sequences=2)
-    drawn = [turn for step in range(4) for turn in draw(recipe, step, 4, 32)]
+    drawn = [turn for step in range(4) for turn in draw(recipe, step, [256] * 4, 32)]
     assert sorted(turn.sequence for turn in drawn[:4]) == sorted(turn.sequence for turn in drawn[4:]) == [0, 1, 2, 3]
     assert all(len(set(turn.queries.tolist())) == 16 and turn.queries.max() < 32 for turn in drawn)
-    assert all(0 <= turn.start < 1 for turn in drawn) and len({turn.start for turn in drawn}) == 8
-    again = draw(recipe, 3, 4, 32)
+    assert all(turn.tokens is None for turn in drawn)
+    again = draw(recipe, 3, [256] * 4, 32)
     assert [turn.queries.tolist() for turn in drawn[6:]] == [turn.queries.tolist() for turn in again]
-    assert [turn.start for turn in drawn[6:]] == [turn.start for turn in again]
+    some = tiny_recipe(step_tokens=64, lengths=(256, 128))
+    lengths = {turn.sequence: turn.tokens for step in range(4) for turn in draw(some, step, [256, 128, 64, 128], 32)}
+    assert lengths[2] is None and [int(lengths[at].max()) // 128 for at in (0, 1, 3)] == [1, 0, 0]
 
 
 def test_the_papers_step_sees_one_block():
     recipe = Recipe.paper()
-    blocks = {int(draw(recipe, step, 48, 8192)[0].queries[0]) for step in range(100)}
+    blocks = {int(draw(recipe, step, [32768] * 48, 8192)[0].queries[0]) for step in range(100)}
     assert all(first % 256 == 0 for first in blocks) and len(blocks) > 20
-    assert draw(recipe, 0, 48, 8192)[0].queries.diff().eq(1).all()
+    assert draw(recipe, 0, [32768] * 48, 8192)[0].queries.diff().eq(1).all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,15 @@ from hashattention.train.optimise import Optimiser, RunningMean
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards, Samples, hash_seed, resident, sample_bytes
 from hashattention.train.student import Student, measure_moments
-from hashattention.train.targets import LiveTargets, StoredTargets, Targets, free_bytes, stored_bytes, thin
+from hashattention.train.targets import (
+    LiveTargets,
+    StoredTargets,
+    Targets,
+    draw_tokens,
+    free_bytes,
+    lesson,
+    stored_bytes,
+)
 from hashattention.train.watch import Watch
 
 #: Bytes one step may use on a CPU, and the share of a GPU's free memory it may use.
@@ -113,7 +121,7 @@ def _targets(samples: Samples, recipe: Recipe, base: BaseModel, first: int, last
 
 def layer_bytes(recipe: Recipe, base: BaseModel) -> int:
     """Roughly what one step needs per layer, in bytes: score matrices of teacher and student, and activations."""
-    seen = min(recipe.context, recipe.step_tokens * 3 // 2 or recipe.context)
+    seen = min(recipe.context, recipe.step_tokens or recipe.context)
     activations = 4 * seen * (sum(recipe.maps.widths) + recipe.maps.bits + 2 * base.head_dim)
     teacher = 3 * base.num_attention_heads * recipe.context
     student = (6 * recipe.maps.selection_heads(base) + recipe.maps.code_heads(base)) * seen
@@ -121,26 +129,26 @@ def layer_bytes(recipe: Recipe, base: BaseModel) -> int:
 
 
 class Turn(NamedTuple):
-    """One sequence of a step: its number, indices into its queries, and where its tokens are taken (`targets.thin`)."""
+    """What a step sees of one sequence: its number, indices into its queries, and its tokens (None: all)."""
 
     sequence: int
     queries: Tensor
-    start: float
+    tokens: Tensor | None
 
 
-def draw(recipe: Recipe, step: int, sequences: int, held: int) -> list[Turn]:
-    """What a step sees of sequences with `held` queries each; it depends on recipe and step alone."""
+def draw(recipe: Recipe, step: int, lengths: Sequence[int], held: int) -> list[Turn]:
+    """What a step sees of sequences of these lengths with `held` queries each; it depends on recipe and step alone."""
     drawn = []
     for turn in range(step * recipe.step_sequences, (step + 1) * recipe.step_sequences):
-        epoch, place = divmod(turn, sequences)
-        order = torch.randperm(sequences, generator=_generator(recipe, "epoch", epoch))
+        epoch, place = divmod(turn, len(lengths))
+        sequence = int(torch.randperm(len(lengths), generator=_generator(recipe, "epoch", epoch))[place])
         generator, count = _generator(recipe, "queries", turn), min(recipe.step_queries, held)
         if recipe.sampling == "chunk_tail":
             block = int(torch.randint(max(1, held // count), (1,), generator=generator))
             index = torch.arange(block * count, (block + 1) * count)
         else:
             index = torch.randperm(held, generator=generator)[:count].sort().values
-        drawn.append(Turn(int(order[place]), index, float(torch.rand((), generator=generator))))
+        drawn.append(Turn(sequence, index, draw_tokens(lengths[sequence], recipe.step_tokens, generator)))
     return drawn
 
 
@@ -182,12 +190,12 @@ class Course:
         recipe, student = self.recipe, self.student
         done = checkpoint.load(path, student, self.optimiser, self.mean, self.watch) if path is not None else 0
         report(done)
-        held = self.samples.read(0, student.first, student.first + 1).query.shape[2]
+        first = student.first
+        lengths = [self.samples.read(index, first, first + 1).key.shape[2] for index in range(len(self.samples))]
+        held = self.samples.read(0, first, first + 1).query.shape[2]
         for step in range(done, recipe.steps):
             if (step - done) % PLANNED == 0:
-                plan = _plan(
-                    recipe, range(step, min(step + PLANNED, recipe.steps)), len(self.samples), held, self.device
-                )
+                plan = _plan(recipe, range(step, min(step + PLANNED, recipe.steps)), lengths, held, self.device)
             for turn in plan[step]:
                 self._learn(step, turn)
             self.optimiser.step(step)
@@ -207,24 +215,26 @@ class Course:
         """Add the gradient of one sequence."""
         recipe, student = self.recipe, self.student
         sample = self.samples.read(turn.sequence, student.first, student.last).to(self.device).pick(turn.queries)
-        chosen = thin(sample.key.shape[2], recipe.step_tokens, turn.start)
         with torch.no_grad():
-            lesson = self.targets.lesson(turn.sequence, turn.queries, sample, chosen)
+            taught = lesson(self.targets, recipe, turn.sequence, turn.queries, sample, turn.tokens)
         hard = step >= recipe.straight_through * recipe.steps
         fast = student.dtype == torch.bfloat16
         with tensor_float32(self.device) if fast else contextlib.nullcontext():
-            query, key = student.codes(lesson.sample, hard, slope(recipe, step))
+            query, key = student.codes(taught.sample, hard, slope(recipe, step))
             scores = student.compare(query, key)
-            loss = total(scores, key, lesson.target, lesson.heavy, recipe, lesson.offset)
+            loss = total(scores, key, taught.target, taught.heavy, recipe)
             (loss / recipe.step_sequences).backward()
 
 
-def _plan(recipe: Recipe, steps: range, sequences: int, held: int, device: torch.device) -> dict[int, list[Turn]]:
+def _plan(recipe: Recipe, steps: range, lengths: list[int], held: int, device: torch.device) -> dict[int, list[Turn]]:
     """`draw` of many steps, moved to the device at once: a step of its own never waits for a copy."""
-    drawn = {step: draw(recipe, step, sequences, held) for step in steps}
-    moved = torch.stack([turn.queries for turns in drawn.values() for turn in turns]).to(device)
-    rows = iter(moved.unbind(0))
-    return {step: [turn._replace(queries=next(rows)) for turn in turns] for step, turns in drawn.items()}
+    drawn = {step: draw(recipe, step, lengths, held) for step in steps}
+    every = [part for turns in drawn.values() for turn in turns for part in turn[1:] if part is not None]
+    moved = iter(torch.cat(every).to(device).split([len(part) for part in every]))
+    return {
+        step: [Turn(turn.sequence, next(moved), None if turn.tokens is None else next(moved)) for turn in turns]
+        for step, turns in drawn.items()
+    }
 
 
 def slope(recipe: Recipe, step: int) -> float:

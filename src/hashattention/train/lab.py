@@ -236,7 +236,6 @@ class Lab:
             layers,
             selection_heads,
             recipe.loss == "topk",
-            recipe.step_tokens > 0,
             *(getattr(recipe, name) for name in _TARGET_FIELDS),
         )
         if self._stored is None or self._stored[0] != key:

@@ -76,8 +76,8 @@ class Recipe:
     steps, step_sequences, step_queries : int
         Optimiser steps, and what one step sees.
     step_tokens : int
-        Tokens of a sequence that one step sees, whatever its length (see `targets.thin`): those that most attention
-        goes to and a sample of the others, weighed by what they stand for. 0: all. For "distill" and "topk".
+        Tokens of a sequence that one step sees, whatever its length: one from each of as many equal stretches
+        (`targets.draw_tokens`). 0: all.
     patience, check_every : int
         The loss of hard codes on held-out sequences is measured every `check_every` steps; training ends once it has
         not fallen `patience` times in a row, with the weights that had the least. 0: it runs to the last step.
@@ -179,8 +179,6 @@ class Recipe:
             _require(fits, "lengths", f"whole numbers from {least} to context = {self.context}", self.lengths)
         most = min(len(self.positions_from(length)) for length in (self.context, *self.lengths))
         _require(self.queries <= most, "queries", f"at most {most}, the positions there are", self.queries)
-        sampled = not self.step_tokens or self.loss in ("distill", "topk")
-        _require(sampled, "step_tokens", f"0 with loss {self.loss!r}, which needs all tokens", self.step_tokens)
         judged = not self.patience or self.held_out > 0
         _require(judged, "held_out", "at least 1 with patience, which watches held-out sequences", self.held_out)
         _require(

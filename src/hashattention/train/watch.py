@@ -11,7 +11,7 @@ from hashattention.train.losses import selection_loss
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import Samples
 from hashattention.train.student import Student
-from hashattention.train.targets import LiveTargets, decode, encode
+from hashattention.train.targets import LiveTargets, decode, encode, lesson
 
 
 class Watch:
@@ -40,8 +40,10 @@ class Watch:
         live = LiveTargets(student.recipe, student.base)
         self._steps = []
         for index in range(len(held_out)):
-            target, heavy = live.of(held_out.read(index, student.first, student.last).to(device))
-            self._steps.append((encode(target, heavy), heavy))
+            sample = held_out.read(index, student.first, student.last).to(device)
+            every = torch.arange(len(sample.positions), device=device)
+            found = lesson(live, student.recipe, index, every, sample)
+            self._steps.append((encode(found.target), found.heavy))
 
     @staticmethod
     def due(recipe: Recipe, step: int) -> bool:
