@@ -85,6 +85,7 @@ class Extent:
         self.start, self.end, self.tokens, self.mask, self.ends_full = start, end, tokens, mask, ends_full
         self._rows: dict[tuple[Budget, int], Rows] = {}
         self._scaled: dict[tuple[Budget, int], Tensor] = {}
+        self._before: dict[int, Extent] = {}
 
     @classmethod
     def full(cls, batch: int, tokens: int, device: torch.device) -> Extent:
@@ -103,10 +104,12 @@ class Extent:
         return cls(torch.minimum(start, end), end, tokens, valid if holes else None)
 
     def before(self, tokens: int) -> Extent:
-        """The same requests when the last `tokens` slots of the cache did not exist yet."""
-        kept = self.tokens - tokens
-        mask = None if self.mask is None else self.mask[:, :kept]
-        return Extent(self.start.clamp(max=kept), self.end.clamp(max=kept), kept, mask)
+        """The same requests when the last `tokens` slots of the cache did not exist yet; built once for all layers."""
+        if tokens not in self._before:
+            kept = self.tokens - tokens
+            mask = None if self.mask is None else self.mask[:, :kept]
+            self._before[tokens] = Extent(self.start.clamp(max=kept), self.end.clamp(max=kept), kept, mask)
+        return self._before[tokens]
 
     def lengths(self) -> Tensor:
         """Valid tokens of every request, int32 ``[B]``."""

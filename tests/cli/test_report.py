@@ -30,7 +30,7 @@ def test_page_pictures_table_and_json(invoke, last_json, folder: Path) -> None:
     page = folder / "report.html"
     assert found["report"] == str(page)
     assert page.read_text().startswith("<!doctype html>")
-    names = [f"report-{name}.png" for name in ("quality", "rows", "bits-1-16", "layers", "needles-1-16")]
+    names = [f"report-{name}.png" for name in ("quality", "rows", "bytes", "bits-1-16", "layers", "needles-1-16")]
     assert [Path(path).name for path in found["pictures"]] == names
     assert all((folder / name).read_bytes().startswith(PNG) for name in names)
     assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "report.html", ROWS, "marked-0.json"])

@@ -85,6 +85,19 @@ def test_who_has_ended_does_not_count(model) -> None:
     assert meter.readings()[0].error != pytest.approx(still.readings()[0].error)
 
 
+def test_errors_may_be_measured_at_fewer_steps(model) -> None:
+    every, few, first = observe(model, CONTEXTS, TAIL, Meter(88, 90), Meter(88, 90, errors_every=3), Meter(88, 88))
+    for one, other, alone in zip(every.readings(), few.readings(), first.readings(), strict=True):
+        assert other.rows == one.rows
+        assert other.error == alone.error != one.error
+
+
+def test_it_is_wanted_where_it_measures() -> None:
+    meter = Meter(10, 12)
+    assert [meter.wants(first, first + 2) for first in (5, 7, 8, 12, 13)] == [False, False, True, True, False]
+    assert not Meter(0, -1).wants(1, 1)
+
+
 def test_errors_of_all_layers() -> None:
     assert spread({1: 0.5, 3: 0.25}, 5) == (0.0, 0.5, 0.0, 0.25, 0.0)
     assert spread({}, 5) == ()

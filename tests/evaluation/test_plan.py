@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from tests.tiny import build
 
@@ -19,6 +21,7 @@ PLAN = Plan(tasks=("needle",), methods=("dense", "quest:page=16,bits=4"), densit
         ({"densities": (2.0,)}, "density must be in"),
         ({"tasks": ()}, "names no tasks"),
         ({"batch_tokens": -1}, "batch_tokens must be at least 0"),
+        ({"shard": (2, 2)}, "shard must be"),
     ],
 )
 def test_bad_plans(change: dict[str, object], message: str) -> None:
@@ -47,6 +50,18 @@ def test_dense_runs_once_and_others_at_every_density() -> None:
     # Minimum and maximum of 16 channels at 4 bits with their scale, for 16 tokens.
     assert found[1].auxiliary_bits == found[1].selector.auxiliary_bits(16)
     assert found[1].budget.counts(4096) == (16, 64, 432)
+
+
+def test_all_methods_run_at_one_density_before_the_next() -> None:
+    plan = dataclasses.replace(PLAN, methods=("oracle", "streaming", "dense"), densities=(1 / 16, 1 / 8))
+    found = serve(plan, describe(build("llama")), None, "cpu")
+    assert [(one.method, one.density) for one in found] == [
+        ("dense", 1.0),
+        ("oracle", 1 / 16),
+        ("streaming", 1 / 16),
+        ("oracle", 1 / 8),
+        ("streaming", 1 / 8),
+    ]
 
 
 def test_names() -> None:

@@ -5,6 +5,7 @@ import torch
 from tests.tiny import build
 
 from hashattention import Budget, attach
+from hashattention.evaluation.meter import Meter
 from hashattention.evaluation.reader import Reader, can_batch
 from hashattention.models.describe import describe
 from hashattention.selectors.registry import METHODS, create
@@ -93,3 +94,58 @@ def test_sliding_layers_go_back_too() -> None:
     assert torch.equal(reader.forward(TAIL[1:2]), second)
     reader.forget()
     assert torch.equal(reader.forward(TAIL[:1], keep=3), first)
+
+
+@pytest.mark.parametrize("method", ["dense", "oracle", "hash", "quest:page=4"])
+def test_a_cache_with_room_is_never_copied(model, method: str) -> None:
+    reader = Reader(model, CONTEXTS, room=6)
+    places = [layer.keys.data_ptr() for layer in reader.cache.layers]
+    selector = None if method == "dense" else create(method, model=describe(model), maps=tiny_maps(model))
+    with reader.serve(selector, Budget(density=0.25, sink=2, local=4)):
+        reader.forward(TAIL)
+        for _ in range(3):
+            reader.forward(TAIL[:, :1])
+        assert reader.slots == reader.width + 6
+        assert [layer.keys.data_ptr() for layer in reader.cache.layers] == places
+        beyond = reader.forward(TAIL[:, :1])
+    other = Reader(model, CONTEXTS)
+    with reader.serve(selector, Budget(density=0.25, sink=2, local=4)):
+        reader.forward(TAIL)
+    with other.serve(selector, Budget(density=0.25, sink=2, local=4)):
+        other.forward(TAIL)
+        for _ in range(3):
+            other.forward(TAIL[:, :1])
+        assert torch.equal(other.forward(TAIL[:, :1]), beyond)
+
+
+def test_an_observer_sees_only_its_steps(model) -> None:
+    reader = Reader(model, CONTEXTS)
+    selector = create("streaming", model=describe(model))
+    meter = Meter(reader.width + 4, reader.width + 4)
+    seen = []
+    with reader.serve(selector, Budget(density=0.25, sink=2, local=4), meter):
+        for tokens in (TAIL, TAIL[:, :1], TAIL[:, :1]):
+            reader.forward(tokens)
+            seen.append(reader._first._hash_attention.attention.observer is meter)
+    assert seen == [False, True, False]
+    assert len(meter.readings()) == 3
+    assert not hasattr(reader._first, "_hash_attention")
+
+
+def test_dense_attention_of_few_rows_at_a_time(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hashattention.evaluation import reader as module
+
+    whole, parts = Reader(model, CONTEXTS), Reader(model, CONTEXTS)
+    own = model.config._attn_implementation
+    with whole.serve(None, None):
+        expected = whole.forward(TAIL, keep=3)
+        assert model.config._attn_implementation == own
+    monkeypatch.setattr(module, "REPEATED", 1)
+    with parts.serve(None, None):
+        assert model.config._attn_implementation == module.BY_ROWS
+        torch.testing.assert_close(parts.forward(TAIL, keep=3), expected, rtol=1e-5, atol=1e-5)
+    assert model.config._attn_implementation == own
+    with parts.serve(create("oracle", model=describe(model)), Budget(density=0.25, sink=2, local=4)):
+        sparse = parts.forward(TAIL, keep=3)
+    with whole.serve(create("oracle", model=describe(model)), Budget(density=0.25, sink=2, local=4)):
+        torch.testing.assert_close(whole.forward(TAIL, keep=3), sparse)

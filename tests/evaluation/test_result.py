@@ -44,6 +44,25 @@ def test_of_two_rows_with_one_key_the_later_counts(tmp_path: Path) -> None:
     assert read(tmp_path) == (later,)
 
 
+def test_two_processes_may_share_a_folder(tmp_path: Path) -> None:
+    one, other = Results(tmp_path), Results(tmp_path)
+    first, second = ([dataclasses.replace(ROW, sample=f"{who}{n}") for n in range(40)] for who in "ab")
+    for place in range(0, 40, 8):
+        one.extend(first[place : place + 8])
+        other.extend(second[place : place + 8])
+    assert sorted(read(tmp_path), key=lambda row: row.key) == sorted(first + second, key=lambda row: row.key)
+    assert one.rows == first
+
+
+def test_bytes_that_are_read() -> None:
+    row = dataclasses.replace(ROW, rows=512.0, tokens=4096, head_dim=128, dtype="bfloat16", auxiliary_bits=64.0)
+    assert row.bytes_read == 512 * 2 * 128 * 2 + 4096 * 8
+    assert row.bytes_share == pytest.approx(1 / 8 + 8 / 512)
+    for name in ("rows", "head_dim", "dtype"):
+        bare = dataclasses.replace(row, **{name: getattr(Row("", 0, "", "", 1.0, 0.0), name)})
+        assert bare.bytes_read is bare.bytes_share is None
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("density", 0.25), ("sample", "4"), ("budget", (4, 64, 432)), ("maps", "m"), ("protocol", "generation")],

@@ -181,7 +181,7 @@ def test_answers_end_where_they_should(small_model, byte_tokenizer) -> None:
     from hashattention.evaluation.meter import Meter
     from hashattention.evaluation.tasks.base import Question
 
-    limits = (5, 9, 8)
+    limits = (5, 9, 12)
     questions = [
         Question(str(place), "", "", (), lambda answer: float(len(answer) >= 3), limit, growing=place == 2)
         for place, limit in enumerate(limits)
@@ -196,8 +196,8 @@ def test_answers_end_where_they_should(small_model, byte_tokenizer) -> None:
             return "".join(chr(65 + token % 26) for token in tokens)
 
     texts = outcome._say(reader, Letters(), questions, reader.logits, Meter(0, 0))
-    # The third is graded every four tokens, and its grade is full then.
-    assert [len(text) for text in texts] == [5, 9, 4]
+    # The third is graded every eight tokens, and its grade is full then.
+    assert [len(text) for text in texts] == [5, 9, 8]
     assert texts[1].startswith(texts[0])
     first = int(reader.logits[0].argmax())
     reader.forget()
@@ -213,16 +213,80 @@ def test_an_answer_may_end_with_its_line(small_model, byte_tokenizer) -> None:
     assert [outcome._ended(question, letters[:end], byte_tokenizer) for end in range(1, 6)] == [0, 0, 0, 1, 1]
 
 
-def test_sparse_parts_come_in_few_lengths(byte_tokenizer) -> None:
-    from hashattention.evaluation.prompt import CutPrompt
-    from hashattention.evaluation.runner import ROUND, _round
+def test_a_request_that_ends_at_once_is_measured(small_model, byte_tokenizer) -> None:
+    """Its first step counts, whatever else is in its batch."""
+    from hashattention import Budget
+    from hashattention.evaluation.meter import Meter
+    from hashattention.evaluation.tasks.base import Question
+    from hashattention.selectors.streaming import StreamingSelector
 
-    prompt = CutPrompt(tuple(range(100)), tuple(range(100, 121)), "")
-    context, tail = _round(prompt)
-    assert len(tail) == 2 * ROUND
-    assert context + tail == tuple(range(121))
-    assert _round(CutPrompt((1, 2), (3,), "")) == ((1,), (2, 3))
-    assert _round(CutPrompt((1, 2), tuple(range(ROUND)), "")) == ((1, 2), tuple(range(ROUND)))
+    contexts = [list(range(3, 60)), list(range(40, 70))]
+    questions = [Question(str(place), "", "", (), float, 3) for place in range(2)]
+
+    def measure(places: tuple[int, ...], stop: int | None):
+        reader = Reader(small_model, [contexts[place] for place in places])
+
+        class Letters:
+            eos_token_id = stop
+
+            @staticmethod
+            def decode(tokens: list[int], skip_special_tokens: bool) -> str:
+                return "x" * len(tokens)
+
+        meter = Meter(reader.width + 1, reader.width + 8)
+        with reader.serve(StreamingSelector(), Budget(density=0.25, sink=2, local=4), meter):
+            texts = outcome._say(reader, Letters(), [questions[place] for place in places], reader.logits, meter)
+        return texts, meter.readings()
+
+    first = int(Reader(small_model, contexts[:1]).logits[0].argmax())
+    (text, other), (ended, going) = measure((0, 1), first)
+    assert text == ""
+    assert other
+    (alone,), (reading,) = measure((0,), first)
+    assert alone == ""
+    assert reading.rows == ended.rows
+    # Eight steps of a growing cache against one: the mean budget differs.
+    assert measure((0,), None)[1][0].error != pytest.approx(reading.error)
+    assert going.rows == measure((1,), first)[1][0].rows
+
+
+def test_nothing_begins_after_its_time(plan, small_model, byte_tokenizer, small_maps, done, tmp_path: Path) -> None:
+    import time
+
+    told = []
+    rows = run(
+        small_model,
+        byte_tokenizer,
+        plan,
+        tmp_path,
+        maps=small_maps,
+        until=time.monotonic() - 1,
+        progress=lambda *words: told.append(words[0]),
+    )
+    assert rows == ()
+    assert "out of time" in told[-1]
+    assert not (tmp_path / ROWS).exists()
+
+
+def test_shards_do_the_whole_together(plan, small_model, byte_tokenizer, tmp_path: Path, done) -> None:
+    one = dataclasses.replace(plan, methods=("dense", "streaming"), tasks=("needle",), samples=3)
+    for shard in (0, 1):
+        rows = run(small_model, byte_tokenizer, dataclasses.replace(one, shard=(shard, 2)), tmp_path)
+        assert {int(row.sample) % 2 for row in rows} == {shard}
+    together = read(tmp_path)
+    assert len(together) == 3 * 3
+    whole = run(small_model, byte_tokenizer, one, tmp_path / "whole")
+    assert {row.key: row.outcome() for row in whole} == {row.key: row.outcome() for row in together}
+
+
+def test_more_maps_are_another_method(plan, small_model, byte_tokenizer, small_maps, tmp_path: Path) -> None:
+    one = dataclasses.replace(plan, methods=("hash",), tasks=("needle",), samples=1, densities=(1 / 8,))
+    rows = run(small_model, byte_tokenizer, one, tmp_path, maps=small_maps, others={"paper": small_maps})
+    assert [(row.method, row.maps) for row in rows] == [("hash", "small"), ("hash", "paper")]
+    assert rows[0].answer == rows[1].answer
+    assert rows[0].head_dim == 16
+    assert rows[0].sparse_prompt == 12
+    assert set(rows[0].origin["data"]) >= {"squad.json", "PaulGrahamEssays.json"}
 
 
 def test_a_length_over_the_context_is_refused(plan, small_model, byte_tokenizer, small_maps, tmp_path: Path) -> None:

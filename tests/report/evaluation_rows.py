@@ -85,6 +85,7 @@ def make_row(
         rows=None if dense else min(length, length * density * spread),
         tokens=length,
         auxiliary_bits=bits,
+        head_dim=128,
         error=() if dense else tuple(lost / 2 + 0.04 + 0.1 * abs(draw.gauss(0, 0.2)) for _ in range(LAYERS)),
         depth=depth,
         nll=nll if task == "perplexity" else None,

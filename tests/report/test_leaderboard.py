@@ -34,10 +34,13 @@ def test_an_entry_is_a_mean_over_its_rows() -> None:
     assert entry.attended == pytest.approx(1 / 8)
     assert entry.read == pytest.approx(sum(row.rows for row in own) / len(own))
     assert entry.read_share == pytest.approx(3.4 / 8)
+    assert entry.bytes_share == pytest.approx(3.4 / 8)
+    # Its 64 bits stand beside 2 x 128 numbers of 16 bits.
+    assert boards(make_rows(methods=3))[0]["hash", 1 / 8].bytes_share == pytest.approx(1 / 8 + 64 / (2 * 128 * 16))
     assert len(entry.layers) == LAYERS
     assert entry.layers[5] == pytest.approx(sum(row.error[5] for row in own) / len(own))
     assert entry.error == pytest.approx(sum(map(sum, (row.error for row in own))) / len(own) / LAYERS)
-    assert board.entries[0].read_share == 1.0
+    assert board.entries[0].read_share == board.entries[0].bytes_share == 1.0
     assert board.entries[0].error is None
 
 
@@ -111,6 +114,7 @@ def test_rows_without_records_are_shown_without() -> None:
     (board,) = boards(bare)
     entry = board["oracle", 1 / 8]
     assert (entry.attended, entry.read, entry.read_share, entry.error, entry.layers) == (1 / 8, None, None, None, ())
+    assert entry.bytes_share is None
     assert depths(board) == {}
 
 

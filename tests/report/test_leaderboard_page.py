@@ -58,7 +58,7 @@ def test_the_page_loads_nothing_from_elsewhere(html: str) -> None:
 def test_every_section_is_there(html: str) -> None:
     for name in SECTIONS:
         assert len(re.findall(rf'<section class="{name}"', html)) == 1
-    assert html.count("<svg ") == 3 * 3 + 3 + 3 * 5
+    assert html.count("<svg ") == 4 * 3 + 3 + 3 * 5
     assert html.count("<caption>") == html.count("<table") == 3
 
 

@@ -82,11 +82,12 @@ def test_no_two_methods_look_alike(board: Board) -> None:
     assert [method for method, (colour, _) in looks.items() if colour == "var(--line-0)"] == ["hash"]
 
 
-@pytest.mark.parametrize("kind", ["density", "rows", "bits", "layer"])
+@pytest.mark.parametrize("kind", ["density", "rows", "bytes", "bits", "layer"])
 def test_every_line_has_its_name_and_the_page_its_colours(board: Board, kind: str) -> None:
     chart = {
         "density": lambda: plots.by_density(board, "ruler"),
         "rows": lambda: plots.by_rows(board, "ruler"),
+        "bytes": lambda: plots.by_bytes(board, "ruler"),
         "bits": lambda: plots.by_bits(board, "ruler", 1 / 32),
         "layer": lambda: plots.by_layer(board, 1 / 32),
     }[kind]()
@@ -109,6 +110,7 @@ def test_nothing_to_draw_is_nothing() -> None:
     (dense,) = boards(row for row in make_rows(methods=1) if row.method == "dense")
     assert plots.by_density(dense, "ruler") is None
     assert plots.by_rows(dense, "ruler") is None
+    assert plots.by_bytes(dense, "ruler") is None
     assert plots.by_bits(dense, "ruler", 1.0) is None
     assert plots.by_layer(dense, 1.0) is None
 

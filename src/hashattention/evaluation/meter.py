@@ -37,22 +37,36 @@ class Meter:
     every : int
         of these each `every`-th.
     errors : bool
-        Also compute exact dense attention of each measured step, for the error: this costs more than the step.
+        Also compute exact dense attention of measured steps, for the error: this costs more than the step.
+    errors_every : int
+        Of the measured steps each `errors_every`-th.
     attention : tuple of int
         Requests whose attention weights are kept too.
     """
 
     def __init__(
-        self, since: int, until: int, every: int = 1, errors: bool = True, attention: tuple[int, ...] = ()
+        self,
+        since: int,
+        until: int,
+        every: int = 1,
+        errors: bool = True,
+        attention: tuple[int, ...] = (),
+        errors_every: int = 1,
     ) -> None:
         self.since, self.until, self.every = since, until, every
         self.errors, self.attention = errors, attention
+        self.errors_every = errors_every * every
         self.active: Tensor | None = None
         self._error: dict[int, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._steps: dict[int, Tensor] = {}
+        self._compared: dict[int, Tensor] = {}
         self._peaks: dict[int, Tensor] = {}
         self._weight: dict[int, Tensor] = {}
+
+    def wants(self, first: int, last: int) -> bool:
+        """Whether a step at ``first <= tokens <= last`` may be measured."""
+        return first <= self.until and last >= self.since
 
     def __call__(self, step: Step, selection: Selection, out: Tensor) -> None:
         """Measure one sparse step."""
@@ -65,7 +79,8 @@ class Meter:
         self._add(self._sums, "attended", selection.counts.float().mean(1) * active)
         self._add(self._sums, "rows", read.float().mean(1) * active)
         self._add(self._steps, step.layer, active)
-        if self.errors or self.attention:
+        if (self.errors or self.attention) and (tokens - self.since) % self.errors_every == 0:
+            self._add(self._compared, step.layer, active)
             self._compare(step, kept, out, active)
 
     def _compare(self, step: Step, kept: Tensor, out: Tensor, active: Tensor) -> None:
@@ -94,6 +109,7 @@ class Meter:
         if not self._steps:
             return None
         steps = {layer: counts.tolist() for layer, counts in sorted(self._steps.items())}
+        compared = {layer: counts.tolist() for layer, counts in self._compared.items()}
         errors = {layer: sums.tolist() for layer, sums in sorted(self._error.items())}
         sums = {name: values.tolist() for name, values in self._sums.items()}
         attention = self._attention()
@@ -104,7 +120,7 @@ class Meter:
                 Reading(
                     attended=sums["attended"][place] / total,
                     rows=sums["rows"][place] / total,
-                    error={layer: found[place] / steps[layer][place] for layer, found in errors.items()},
+                    error={layer: found[place] / compared[layer][place] for layer, found in errors.items()},
                     attention=attention.get(place, ()),
                 )
             )

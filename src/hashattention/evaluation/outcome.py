@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,11 @@ from hashattention.evaluation.tasks.base import Question
 #: Tokens of a right answer that count for its log-probability.
 TARGET_TOKENS = 64
 #: How often a growing answer is graded, in tokens.
-GRADE_EVERY = 4
+GRADE_EVERY = 8
+#: How often a GPU's answers are looked at, in tokens: the host waits for it then.
+HEAR_EVERY = 16
+#: Log-probabilities that are computed at once, of 4 bytes.
+LOGITS = 1 << 29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +57,47 @@ def answer(
 
 def _say(reader: Reader, tokenizer: Any, questions: Sequence[Question], logits: Tensor, meter: Meter) -> list[str]:
     """Greedy answers; a request that has ended runs along unheard."""
-    stops = _stops(reader.model, tokenizer)
-    said: list[list[int]] = [[] for _ in questions]
-    going = [True] * len(questions)
-    while True:
+    stops = torch.tensor(sorted(_stops(reader.model, tokenizer)), device=logits.device)
+    listeners = [_Listener(question, tokenizer, set(stops.tolist())) for question in questions]
+    ended = torch.zeros(len(questions), dtype=torch.bool, device=logits.device)
+    told: list[Tensor] = []
+    every = HEAR_EVERY if logits.is_cuda else 1
+    for step in itertools.count():
         best = logits.argmax(-1)
-        for place, token in enumerate(best.tolist()):
-            if going[place] and token not in stops:
-                said[place].append(token)
-            going[place] = going[place] and token not in stops and not _ended(questions[place], said[place], tokenizer)
-        if not any(going):
-            break
-        meter.active = torch.tensor(going, dtype=torch.float32, device=logits.device)
+        told.append(best)
+        ended = ended | torch.isin(best, stops)
+        # Every answer has all the steps that are measured, whatever others are in its batch.
+        if len(told) >= every and reader.slots >= meter.until:
+            for listener, tokens in zip(listeners, torch.stack(told, 1).tolist(), strict=True):
+                listener.hear(tokens)
+            told.clear()
+            if all(listener.done for listener in listeners):
+                break
+        # The first step counts for every request, so that each has been measured.
+        meter.active = (~ended).float() if step else None
         logits = reader.forward(best[:, None])[:, -1]
-    texts = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in said]
-    return [
-        text.lstrip("\n").split("\n")[0] if question.first_line else text
-        for question, text in zip(questions, texts, strict=True)
-    ]
+    return [listener.text() for listener in listeners]
+
+
+class _Listener:
+    """One request's answer: what it said until its end, and what came behind is not heard."""
+
+    def __init__(self, question: Question, tokenizer: Any, stops: set[int]) -> None:
+        self.question, self.tokenizer, self.stops = question, tokenizer, stops
+        self.said: list[int] = []
+        self.done = False
+
+    def hear(self, tokens: Sequence[int]) -> None:
+        """The next tokens, one by one."""
+        for token in tokens:
+            if not self.done and token not in self.stops:
+                self.said.append(token)
+            self.done = self.done or token in self.stops or _ended(self.question, self.said, self.tokenizer)
+
+    def text(self) -> str:
+        """What it said, or the first line of it."""
+        text = str(self.tokenizer.decode(self.said, skip_special_tokens=True))
+        return text.lstrip("\n").split("\n")[0] if self.question.first_line else text
 
 
 def _ended(question: Question, said: Sequence[int], tokenizer: Any) -> bool:
@@ -89,10 +117,14 @@ def _weigh(reader: Reader, targets: Sequence[Sequence[int]], logits: Tensor) -> 
         return [None] * len(targets)
     # What pads a shorter target lies behind it, where nothing that counts can see it.
     padded = torch.tensor([[*one, *[0] * (longest - len(one))] for one in targets], device=logits.device)
-    parts = [logits[:, None]]
-    if longest > 1:
-        parts.append(reader.forward(padded[:, :-1], keep=longest - 1))
-    found = torch.cat(parts, 1).log_softmax(-1).gather(-1, padded[..., None])[..., 0].tolist()
+    parts = [logits.log_softmax(-1).gather(-1, padded[:, :1])]
+    several = max(2, LOGITS // logits.numel())
+    for first in range(0, longest - 1, several):
+        tokens = padded[:, first : min(first + several, longest - 1)]
+        after = padded[:, first + 1 : first + 1 + tokens.shape[1]]
+        told = reader.forward(tokens, keep=tokens.shape[1]).log_softmax(-1)
+        parts.append(told.gather(-1, after[..., None])[..., 0])
+    found = torch.cat(parts, 1).tolist()
     return [
         sum(one[: len(target)]) / len(target) if target else None for one, target in zip(found, targets, strict=True)
     ]

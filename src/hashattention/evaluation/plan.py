@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from hashattention.maps import HashMaps
 from hashattention.selectors.base import Selector
 from hashattention.selectors.registry import METHODS, create
 
-DENSE = "dense"
+DENSE, HASH = "dense", "hash"
 LABELS = {
     "dense": "dense",
     "oracle": "oracle top-k",
@@ -58,13 +59,15 @@ class Plan:
     chat : bool
         Use the model's chat format where it has one and the task allows it.
     question_tokens : int
-        A longer question begins with the context.
+        That many of the last tokens of a prompt are sparse: the question, and what stands before it.
     errors : bool
         Also measure every layer's output error, at some steps.
     batch_tokens : int, optional
         Samples are run together up to that many tokens; 0: one by one. Default: what a GPU's free memory allows.
     marked : int
         The first sample of that many tasks is kept with the tokens that were attended.
+    shard : (int, int)
+        ``(i, n)``: only each n-th sample, from the i-th on; n processes that share a result folder do the whole.
     """
 
     tasks: tuple[str, ...]
@@ -84,6 +87,7 @@ class Plan:
     errors: bool = True
     batch_tokens: int | None = None
     marked: int = 3
+    shard: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         if self.protocol not in ("question", "generation"):
@@ -94,6 +98,8 @@ class Plan:
         for name in ("tasks", "methods", "densities", "lengths"):
             if not getattr(self, name):
                 raise ConfigError(f"the plan names no {name}; give at least one.")
+        if not 0 <= self.shard[0] < self.shard[1]:
+            raise ConfigError(f"shard must be (i, n) with 0 <= i < n; given {self.shard}.")
         for density in self.densities:
             self.budget(density)
 
@@ -131,30 +137,28 @@ class Served:
         return " + ".join([label, *(LABELS.get(text.partition(":")[0], text) for text in wrappers)])
 
 
-def serve(plan: Plan, model: BaseModel, maps: HashMaps | None, device: Any) -> tuple[Served, ...]:
-    """The plan's methods at its densities, dense first as named.
+def serve(
+    plan: Plan, model: BaseModel, maps: HashMaps | None, device: Any, others: Mapping[str, HashMaps] | None = None
+) -> tuple[Served, ...]:
+    """Dense, if named, then every other method at the first density, at the second, and so on; `others` are more
+    maps for the method ``"hash"``, by the name their rows have.
 
     Raises
     ------
     ConfigError, UnsupportedModelError, ArtifactError
         As `create`: for an unknown method, or one that cannot run on this model, with the reason.
     """
-    served: list[Served] = []
-    for method in dict.fromkeys(plan.methods):
-        if method == DENSE:
-            served.append(Served(DENSE, 1.0))
-            continue
-        selector = create(method, model=model, maps=maps, device=device)
-        needs_maps = METHODS[method.partition("+")[0].partition(":")[0]].needs == "maps"
-        served += [
-            Served(
-                method,
-                density,
-                selector,
-                plan.budget(density),
-                plan.maps if needs_maps else "",
-                selector.auxiliary_bits(model.head_dim),
-            )
-            for density in dict.fromkeys(plan.densities)
-        ]
+    sparse = [
+        (method, create(method, model=model, maps=maps, device=device), plan.maps)
+        for method in dict.fromkeys(plan.methods)
+        if method != DENSE
+    ]
+    for name, other in (others or {}).items():
+        sparse.append((HASH, create(HASH, model=model, maps=other, device=device), name))
+    served = [Served(DENSE, 1.0)] if DENSE in plan.methods else []
+    for density in dict.fromkeys(plan.densities):
+        for method, selector, name in sparse:
+            needs_maps = METHODS[method.partition("+")[0].partition(":")[0]].needs == "maps"
+            bits = selector.auxiliary_bits(model.head_dim)
+            served.append(Served(method, density, selector, plan.budget(density), name if needs_maps else "", bits))
     return tuple(served)

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from hashattention.integrations.transformers import SelectedLayer
-from hashattention.models.describe import describe
+from hashattention.attention import SparseAttention
+from hashattention.config import Budget
+from hashattention.evaluation.decoder import Decoder, attend_densely, can_decode
+from hashattention.evaluation.meter import Meter
+from hashattention.integrations.transformers import SLOT, Attachment, SelectedLayer, attach
+from hashattention.models.describe import attention_modules, dense_function, describe, text_config
+from hashattention.rows import Extent
+from hashattention.selectors.base import Selector
 
-#: The most tokens that are run at once unless a plan says more.
-MOST_TOKENS = 1 << 19
+#: More than any question or tail: every position behind the context is sparse.
+ALL = 1 << 30
+#: The share of a GPU's free memory that the cache may take: methods and measurements need the rest.
+SHARE = 0.7
+#: Bytes of K and V that a model's own attention may repeat for its heads at once.
+REPEATED = 1 << 31
+#: Rows of a mask start where wide loads may.
+ALIGN = 16
 
 
 class Reader:
@@ -26,6 +41,10 @@ class Reader:
     model : PreTrainedModel
     contexts : sequence of sequences of int
         Tokens; more than one needs `can_batch`.
+    room : int
+        Slots that will be needed behind the contexts; with more, the cache is copied as it grows.
+    graphs : bool
+        On a GPU, decode by CUDA graphs where the model allows it.
 
     Attributes
     ----------
@@ -37,14 +56,14 @@ class Reader:
         Of the token behind each context.
     """
 
-    def __init__(self, model: Any, contexts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, model: Any, contexts: Sequence[Sequence[int]], room: int = 0, graphs: bool = True) -> None:
         self.model, self.width = model, max(map(len, contexts))
         self.padding = tuple(self.width - len(tokens) for tokens in contexts)
         self._front = torch.tensor(self.padding, device=model.device)
-        read = [_read(model, tokens) for tokens in contexts]
-        self.logits = torch.stack([logits for _, logits in read])
-        self.cache = _stack(model, [cache for cache, _ in read], self.padding)
-        self.cache.layers = [_selected(layer) for layer in self.cache.layers]
+        self.cache, self.logits = _read_all(model, contexts, self.width, room)
+        self._meter: Meter | None = None
+        self._first = next(iter(attention_modules(model).values()))
+        self._decoder = Decoder(model, graphs and model.device.type == "cuda") if can_decode(model) else None
         self._held = self.mark()
 
     @property
@@ -52,14 +71,33 @@ class Reader:
         """Slots that are filled now, padding included."""
         return int(self.cache.get_seq_length())
 
+    @contextlib.contextmanager
+    def serve(self, selector: Selector | None, budget: Budget | None, meter: Meter | None = None) -> Iterator[None]:
+        """What follows is served by `selector` (None: densely) and measured by `meter`; then all of it is forgotten."""
+        self._meter = meter
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_by_rows(self.model, self.cache))
+            if selector is not None:
+                stack.enter_context(
+                    attach(self.model, selector, budget, min_context=0, sparse_tail=ALL, observer=meter)
+                )
+            try:
+                yield
+            finally:
+                self._meter = None
+                self.forget()
+
     def forward(self, tokens: Tensor, keep: int = 1) -> Tensor:
         """Append `tokens` int64 ``[B, T]``; float32 logits of the last `keep` positions ``[B, keep, V]``."""
+        if tokens.shape[1] == 1 and self._decoder is not None:
+            return self._step(self._decoder, tokens[:, 0])[:, None]
         held = self.slots
         total = held + tokens.shape[1]
         place = torch.arange(held, total, device=tokens.device) - self._front[:, None]
         mask = None
         if any(self.padding):
             mask = (torch.arange(total, device=tokens.device) >= self._front[:, None]).long()
+        self._observe(held + 1, total)
         with torch.inference_mode():
             found = self.model(
                 tokens,
@@ -71,6 +109,50 @@ class Reader:
             )
             return found.logits.float()
 
+    def _step(self, decoder: Decoder, tokens: Tensor) -> Tensor:
+        """One token of every request, by the decoder."""
+        held = self.slots
+        sparse = self._observe(held + 1, held + 1)
+        with torch.inference_mode():
+            start = self._front.to(torch.int32)
+            extent = Extent(start, torch.full_like(start, held + 1), held + 1, ends_full=True)
+            mask = self._mask(held + 1)
+
+            def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                layer = self.cache.layers[index]
+                keys, values = layer.update(key, value)
+                scale = self.model.model.layers[index].self_attn.scaling
+
+                def dense() -> Tensor:
+                    return attend_densely(query, keys, values, scale, mask)
+
+                if sparse is None:
+                    return dense()
+                return sparse.attend(
+                    index, query, keys, values, extent=extent, side=layer.side, scale=scale, softcap=0.0, dense=dense
+                )
+
+            # The decoder writes its next logits where these are.
+            return decoder(tokens, held - self._front, attend).clone()
+
+    def _mask(self, tokens: int) -> Tensor | None:
+        """What hides the padding when added to logits ``[B, 1, 1, tokens]``."""
+        if not any(self.padding):
+            return None
+        slots = torch.arange(-(-tokens // ALIGN) * ALIGN, device=self._front.device)
+        hidden = (slots < self._front[:, None])[:, None, None]
+        return torch.zeros_like(hidden, dtype=self.model.dtype).masked_fill_(hidden, -torch.inf)[..., :tokens]
+
+    def _observe(self, first: int, last: int) -> SparseAttention | None:
+        """How attention is served now; an observer is in place only where it measures: it costs a fused step."""
+        handle: Attachment | None = getattr(self._first, SLOT, None)
+        if handle is None:
+            return None
+        if self._meter is not None:
+            observer = self._meter if self._meter.wants(first, last) else None
+            handle.attention = dataclasses.replace(handle.attention, observer=observer)
+        return handle.attention
+
     def mark(self) -> list[dict[str, Any]]:
         """A moment, for `rewind`: how many slots are filled, and what a method keeps beside them."""
         return [_remember(layer) for layer in self.cache.layers]
@@ -81,7 +163,9 @@ class Reader:
             if "slots" not in memory:
                 layer.__dict__.update(memory)
                 continue
-            layer.crop(memory["slots"] - layer.get_seq_length())
+            # Older releases of transformers take a crop by 0 for one to 0.
+            if over := layer.get_seq_length() - memory["slots"]:
+                layer.crop(-over)
             layer.side = memory["side"]
 
     def forget(self) -> None:
@@ -98,14 +182,37 @@ def can_batch(model: Any) -> bool:
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
+def token_bytes(model: Any) -> int:
+    """Bytes of K and V of one token, all layers."""
+    base = describe(model)
+    return int(2 * base.num_hidden_layers * base.num_key_value_heads * base.head_dim * model.dtype.itemsize)
+
+
 def batch_tokens(model: Any) -> int:
-    """Tokens that a GPU's free memory takes at once; 0 (one sample after the other) elsewhere, or if none may batch."""
+    """Slots of a cache that a GPU's free memory takes; 0 (one sample after the other) elsewhere."""
     if model.device.type != "cuda" or not can_batch(model):
         return 0
-    base = describe(model)
-    each = 2 * base.num_hidden_layers * base.num_key_value_heads * base.head_dim * model.dtype.itemsize
-    # Stacking and growing hold the cache twice; methods, measurements and logits need the rest.
-    return min(MOST_TOKENS, int(torch.cuda.mem_get_info(model.device)[0]) // (4 * each))
+    torch.cuda.empty_cache()
+    return int(SHARE * torch.cuda.mem_get_info(model.device)[0]) // token_bytes(model)
+
+
+def _read_all(model: Any, contexts: Sequence[Sequence[int]], width: int, room: int) -> tuple[Any, Tensor]:
+    """One cache of all contexts, each read alone and put into its row, and the logits behind each."""
+    if len(contexts) == 1:
+        cache, logits = _read(model, contexts[0])
+        cache.layers = [SelectedLayer.adopt(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cache, logits[None]
+    whole, said = DynamicCache(config=model.config), []
+    with torch.inference_mode():
+        for row, tokens in enumerate(contexts):
+            cache, logits = _read(model, tokens)
+            if not row:
+                whole.layers = [_open(layer, len(contexts), width, room) for layer in cache.layers]
+            for layer, held in zip(cache.layers, whole.layers, strict=True):
+                held.keys[row, :, width - len(tokens) :] = layer.keys[0]
+                held.values[row, :, width - len(tokens) :] = layer.values[0]
+            said.append(logits)
+    return whole, torch.stack(said)
 
 
 def _read(model: Any, tokens: Sequence[int]) -> tuple[Any, Tensor]:
@@ -116,31 +223,47 @@ def _read(model: Any, tokens: Sequence[int]) -> tuple[Any, Tensor]:
     return cache, logits[0, -1].float()
 
 
-def _stack(model: Any, caches: list[Any], padding: Sequence[int]) -> Any:
-    """One cache of all requests; each request's own is given up layer by layer."""
-    if len(caches) == 1:
-        return caches[0]
-    whole = DynamicCache(config=model.config)
-    for index in range(len(caches[0].layers)):
-        layers = [cache.layers[index] for cache in caches]
-        keys, values = (
-            torch.cat(
-                [
-                    torch.nn.functional.pad(getattr(layer, name), (0, 0, front, 0))
-                    for layer, front in zip(layers, padding, strict=True)
-                ]
-            )
-            for name in ("keys", "values")
-        )
-        whole.update(keys, values, index)
-        for layer in layers:
-            layer.keys = layer.values = None
-    return whole
+def _open(layer: DynamicLayer, batch: int, width: int, room: int) -> SelectedLayer:
+    """A layer of `batch` requests like the one of `layer`, all padding so far, with room to grow."""
+    opened = SelectedLayer.adopt(layer)
+    for name in ("keys", "values"):
+        like = getattr(layer, name)
+        buffer = like.new_zeros((batch, like.shape[1], width + room, like.shape[3]))
+        opened._buffers[name] = buffer
+        setattr(opened, name, buffer[:, :, :width])
+    return opened
 
 
-def _selected(layer: Any) -> Any:
-    """A layer that grows in place, where it can be cropped."""
-    return SelectedLayer.adopt(layer) if type(layer) is DynamicLayer else layer
+@contextlib.contextmanager
+def _by_rows(model: Any, cache: Any) -> Iterator[None]:
+    """Dense attention of a batch of few rows at a time: the model's own may repeat K and V for every query head."""
+    own = text_config(model)._attn_implementation
+    layer = cache.layers[0]
+    heads = text_config(model).num_attention_heads
+    each = 2 * heads * layer.keys[0, 0].nbytes if isinstance(layer, SelectedLayer) else 0
+    rows = max(1, REPEATED // max(1, each))
+    if not isinstance(layer, SelectedLayer) or layer.keys.shape[0] <= rows:
+        yield
+        return
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any) -> Any:
+        function, parts = dense_function(module, own), []
+        for first in range(0, len(query), rows):
+            part = slice(first, first + rows)
+            shown = mask if mask is None or len(mask) == 1 else mask[part]
+            parts.append(function(module, query[part], key[part], value[part], shown, **rest)[0])
+        return torch.cat(parts), None
+
+    AttentionInterface.register(BY_ROWS, attend)
+    AttentionMaskInterface.register(BY_ROWS, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    model.set_attn_implementation(BY_ROWS)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+BY_ROWS = "hash_attention_by_rows"
 
 
 def _remember(layer: Any) -> dict[str, Any]:

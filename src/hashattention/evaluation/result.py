@@ -15,6 +15,9 @@ from hashattention.errors import ConfigError, InputError
 #: The file of rows in a result folder.
 ROWS = "rows.jsonl"
 
+#: Bytes of a number of K or V.
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 Key = tuple[Any, ...]
 
 
@@ -53,6 +56,8 @@ class Row:
         Causal tokens at the prompt's end.
     auxiliary_bits : float
         Read beside K and V, per token and KV head.
+    head_dim : int
+        Channels of a K (or V) row; 0 where it was not recorded.
     error : tuple of float
         Relative output error against dense of every layer (0 where it stays dense), mean over heads and steps; empty
         if nothing was recorded.
@@ -64,6 +69,8 @@ class Row:
         Mean KL divergence from dense's next-token distribution, in nats (agreement rows).
     protocol : str
         ``"question"``: question and generation are sparse; ``"generation"``: generation alone.
+    sparse_prompt : int
+        Last tokens of the prompt that were sparse (0 for passages, and by ``"generation"``).
     chat : bool
         Whether the prompt is in the model's chat format.
     seed : int
@@ -91,11 +98,13 @@ class Row:
     rows: float | None = None
     tokens: int = 0
     auxiliary_bits: float = 0.0
+    head_dim: int = 0
     error: tuple[float, ...] = ()
     depth: float | None = None
     nll: float | None = None
     kl: float | None = None
     protocol: str = "question"
+    sparse_prompt: int = 0
     chat: bool = False
     seed: int = 0
     model: str = ""
@@ -119,6 +128,21 @@ class Row:
     def key(self) -> Key:
         """Equal for two rows that measure the same thing."""
         return (*self.pair, self.method, self.density, *self.budget[:2], self.maps)
+
+    @property
+    def bytes_read(self) -> float | None:
+        """Bytes a step reads per KV head: K and V rows, each once, and the auxiliary bits of every token; None where
+        rows, the head's size or the dtype were not recorded.
+        """
+        if self.rows is None or not self.head_dim or self.dtype not in ITEM_BYTES:
+            return None
+        return self.rows * 2 * self.head_dim * ITEM_BYTES[self.dtype] + self.tokens * self.auxiliary_bits / 8
+
+    @property
+    def bytes_share(self) -> float | None:
+        """`bytes_read` over what dense attention reads."""
+        read = self.bytes_read
+        return read / (self.tokens * 2 * self.head_dim * ITEM_BYTES[self.dtype]) if read and self.tokens else None
 
     def outcome(self) -> dict[str, Any]:
         """The row without what differs from run to run: its seconds and its origin."""
@@ -192,15 +216,20 @@ class Results:
 
     def append(self, row: Row) -> None:
         """Write one row to the end of the file, and to the disk, at once."""
-        line = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n").encode()
+        self.extend([row])
+
+    def extend(self, rows: Sequence[Row]) -> None:
+        """Write rows to the end of the file in one piece, so that several processes may share it."""
+        lines = "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows).encode()
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(handle, line)
+            while lines:
+                lines = lines[os.write(handle, lines) :]
             os.fsync(handle)
         finally:
             os.close(handle)
-        self.rows.append(row)
-        self._keys.add(row.key)
+        self.rows += rows
+        self._keys.update(row.key for row in rows)
 
     def mark(self, marked: Marked) -> Path:
         """Write a marked document; readings that are there already, of other methods, stay."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +12,26 @@ from hashattention import provenance
 from hashattention.config import BaseModel
 from hashattention.evaluation import meter as meters
 from hashattention.evaluation import outcome, tasks
+from hashattention.evaluation.jobs import Job, batches, make
 from hashattention.evaluation.meter import Meter
 from hashattention.evaluation.outcome import Continuation, Outcome
 from hashattention.evaluation.plan import Plan, Served, serve
-from hashattention.evaluation.prompt import CutPrompt, cut, pieces
+from hashattention.evaluation.prompt import pieces
 from hashattention.evaluation.reader import Reader, batch_tokens, can_batch
 from hashattention.evaluation.result import Marked, Reading, Results, Row
-from hashattention.evaluation.tasks.base import Passage, Question, Sample, Task
-from hashattention.integrations.transformers import attach
+from hashattention.evaluation.tasks import data
+from hashattention.evaluation.tasks.base import Passage, Question
 from hashattention.maps import HashMaps
 from hashattention.models.describe import describe, text_config
 
 Progress = Callable[[str, int, int], None]
 
-#: More than any question or tail: every position behind the context is sparse.
+#: Answer steps that are measured, every how manyth of them for its error too, and of a predicted tail each how manyth.
+STEPS, ERRORS, EVERY = 8, 4, 16
+#: More tokens than any cache.
 ALL = 1 << 30
-#: Answer steps that are measured, and of a predicted tail each how manyth.
-STEPS, EVERY = 8, 16
-#: The sparse part of a prompt begins with the question, or up to that many tokens less one before it: samples whose
-#: parts are then of one length can be run together.
-ROUND = 16
 #: Digits of the attention weights that are kept.
 DIGITS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One sample as tokens: `context` is read densely, `tail` is what comes next."""
-
-    task: str
-    length: int
-    sample: Sample
-    context: tuple[int, ...]
-    tail: tuple[int, ...]
-    prompt: CutPrompt | None = None
-    marked: bool = False
-
-    @property
-    def shape(self) -> tuple[str, int, int]:
-        """Jobs of one shape can be run together."""
-        kind = self.sample.kind if isinstance(self.sample, Passage) else "question"
-        return kind, self.length, len(self.tail)
 
 
 def run(
@@ -64,7 +41,11 @@ def run(
     out: Path,
     *,
     maps: HashMaps | None = None,
+    others: Mapping[str, HashMaps] | None = None,
     progress: Progress | None = None,
+    jobs: Sequence[Job] | None = None,
+    until: float | None = None,
+    graphs: bool = True,
 ) -> tuple[Row, ...]:
     """Evaluate a model, adding to the rows in a folder; those that are there already are not measured again.
 
@@ -79,13 +60,21 @@ def run(
         The result folder.
     maps : HashMaps, optional
         Trained for this model, for the methods that need them.
+    others : mapping of str to HashMaps, optional
+        More maps for the method ``"hash"``, by the name their rows have.
     progress : callable, optional
         Called as ``progress(text, done, total)``, counting rows.
+    jobs : sequence of Job, optional
+        The plan's samples, where they have been made already (`jobs.make`).
+    until : float, optional
+        Of ``time.monotonic()``: no batch and no method begins after it; run again to continue.
+    graphs : bool
+        On a GPU, decode by CUDA graphs where the model allows it.
 
     Returns
     -------
     tuple of Row
-        The rows of this plan, in the order of its samples and methods.
+        The rows of this plan that are there, in the order of its samples and methods.
 
     Raises
     ------
@@ -98,15 +87,24 @@ def run(
     """
     base = describe(model)
     plan.check_lengths(getattr(text_config(model), "max_position_embeddings", None))
-    served = serve(plan, base, maps, model.device)
-    results = Results(out)
-    evaluation = _Evaluation(
-        model, tokenizer, plan, base, served, results, progress or (lambda text, done, total: None)
-    )
-    evaluation.run()
-    held = {row.key: row for row in results.rows}
-    wanted = (evaluation.row(job, method).key for job in evaluation.jobs for method in served)
-    return tuple(held[key] for key in wanted)
+    served = serve(plan, base, maps, model.device, others)
+    tell = progress or (lambda text, done, total: None)
+    jobs = list(jobs) if jobs is not None else _make(plan, tokenizer, tell)
+    evaluation = _Evaluation(model, tokenizer, plan, base, served, Results(out), tell, graphs)
+    evaluation.run(jobs, until)
+    held = {row.key: row for row in evaluation.results.rows}
+    wanted = (evaluation.row(job, method).key for job in jobs for method in served)
+    return tuple(held[key] for key in wanted if key in held)
+
+
+def _make(plan: Plan, tokenizer: Any, tell: Progress) -> list[Job]:
+    jobs = []
+    for number, task in enumerate(tasks.parse(plan.tasks, plan.data)):
+        for length in plan.lengths:
+            tell(f"making {task.name} of {length} tokens", 0, 0)
+            marked = number < plan.marked and length == min(plan.lengths)
+            jobs += make(plan, tokenizer, task, length, marked)
+    return jobs
 
 
 class _Evaluation:
@@ -121,101 +119,75 @@ class _Evaluation:
         served: Sequence[Served],
         results: Results,
         tell: Progress,
+        graphs: bool,
     ) -> None:
         self.model, self.tokenizer, self.plan, self.base = model, tokenizer, plan, base
-        self.served, self.results, self.tell = served, results, tell
+        self.served, self.results, self.tell, self.graphs = served, results, tell, graphs
         self.name = plan.model or base.name or base.architecture
-        self.origin = provenance.origin(model.device)
-        self.jobs: list[Job] = []
+        self.origin = provenance.origin(model.device) | {"data": data.digests(plan.data)}
 
-    def run(self) -> None:
-        """Make all samples, then run what is missing, batch by batch."""
-        chosen = tasks.parse(self.plan.tasks, self.plan.data)
-        for number, task in enumerate(chosen):
-            for length in self.plan.lengths:
-                self.tell(f"making {task.name} of {length} tokens", 0, 0)
-                marked = number < self.plan.marked and length == min(self.plan.lengths)
-                self.jobs += self._jobs(task, length, marked)
-        batches, total = self._batches(), len(self.jobs) * len(self.served)
-        done = sum(self.row(job, method).key in self.results for job in self.jobs for method in self.served)
-        for batch in batches:
-            for name, new in self._run_batch(batch):
-                self.tell(name, done, total)
-                done += new
-        self.tell("done", total, total)
-
-    def _jobs(self, task: Task, length: int, marked: bool) -> Iterator[Job]:
-        for number, sample in enumerate(task.samples(self.tokenizer, length, self.plan.samples, self.plan.seed)):
-            if isinstance(sample, Passage):
-                yield Job(task.name, length, sample, sample.tokens, sample.tail)
-                continue
-            prompt = cut(sample, self.tokenizer, chat=self.plan.chat, longest=self.plan.question_tokens)
-            context, tail = _round(prompt)
-            if self.plan.protocol == "generation":
-                context, tail = context + tail, ()
-            yield Job(task.name, length, sample, context, tail, prompt, marked and not number)
-
-    def _batches(self) -> list[list[Job]]:
-        """Jobs of one shape together, as many as the plan allows."""
-        shapes: dict[Any, list[Job]] = defaultdict(list)
-        for job in self.jobs:
-            shapes[job.shape].append(job)
+    def run(self, jobs: Sequence[Job], until: float | None) -> None:
+        """Run what is missing, batch by batch; nothing begins after `until`."""
         tokens = self.plan.batch_tokens
         if tokens is None:
             tokens = batch_tokens(self.model)
-        tokens = tokens if can_batch(self.model) else 0
-        together: list[list[Job]] = []
-        for jobs in shapes.values():
-            most = max(1, tokens // jobs[0].length)
-            together += [jobs[first : first + most] for first in range(0, len(jobs), most)]
-        return together
+        total = len(jobs) * len(self.served)
+        done = sum(self.row(job, method).key in self.results for job in jobs for method in self.served)
+        for batch in batches(jobs, tokens if can_batch(self.model) else 0):
+            for name, new in self._run_batch(batch):
+                if until is not None and time.monotonic() > until:
+                    self.tell(f"out of time before {name}", done, total)
+                    return
+                self.tell(name, done, total)
+                done += new
+        self.tell("done", done, total)
 
     def _run_batch(self, batch: Sequence[Job]) -> Iterator[tuple[str, int]]:
-        """Run the methods that lack rows of these jobs; what is run, and how many rows it adds."""
+        """Run the methods that lack rows of these jobs; what is about to run, and how many rows it adds."""
         missing = {
             place: [job for job in batch if self.row(job, method).key not in self.results]
             for place, method in enumerate(self.served)
         }
         if not any(missing.values()):
             return
-        first = batch[0]
-        yield f"{first.task} of {first.length} tokens: reading {len(batch)}", 0
-        reader = Reader(self.model, [job.context for job in batch])
-        dense = outcome.go_on(reader, len(first.tail)) if first.shape[0] == "agreement" else None
+        first, names = batch[0], dict.fromkeys(job.task for job in batch)
+        where = f"{first.task if len(names) == 1 else f'{len(names)} tasks'} of {first.length} tokens"
+        yield f"{where}: reading {len(batch)}", 0
+        reader = Reader(self.model, [job.context for job in batch], max(job.room for job in batch), self.graphs)
+        dense = outcome.go_on(reader, len(first.tail)) if first.kind == "agreement" else None
         for place, method in enumerate(self.served):
             if missing[place]:
-                yield f"{first.task} of {first.length} tokens: {method.name}", len(missing[place])
+                at = "" if method.selector is None else f" at density {method.density:g}"
+                yield f"{where}: {method.name}{at}", len(missing[place])
                 self._run_method(reader, batch, method, dense, missing[place])
 
     def _run_method(
         self, reader: Reader, batch: Sequence[Job], method: Served, dense: Continuation | None, missing: Sequence[Job]
     ) -> None:
         started = time.perf_counter()
-        meter = self._meter(batch, reader.width)
-        with self._attached(method, meter):
+        meter = self._meter(batch, reader.width, method.selector is not None)
+        with reader.serve(method.selector, method.budget, meter):
             outcomes = self._outcomes(reader, batch, meter, dense)
-        reader.forget()
         seconds = (time.perf_counter() - started) / len(batch)
         readings: Sequence[meters.Reading | None] = meter.readings() or [None] * len(batch)
+        rows = []
         for place, (job, found, reading) in enumerate(zip(batch, outcomes, readings, strict=True)):
             if job not in missing:
                 continue
-            self.results.append(self.row(job, method, found, reading, seconds))
+            rows.append(self.row(job, method, found, reading, seconds))
             if job.marked:
                 self._mark(job, method, found, reading, reader.padding[place])
+        self.results.extend(rows)
 
-    def _meter(self, batch: Sequence[Job], width: int) -> Meter:
+    def _meter(self, batch: Sequence[Job], width: int, sparse: bool) -> Meter:
         first = batch[0]
+        if not sparse:
+            return Meter(0, -1)
         if isinstance(first.sample, Passage):
             return Meter(width + 1, ALL, EVERY, self.plan.errors)
-        since = width + max(1, len(first.tail))
+        since = width + len(first.tail) + 1
         marked = tuple(place for place, job in enumerate(batch) if job.marked)
-        return Meter(since, since + STEPS - 1, 1, self.plan.errors, attention=marked)
-
-    def _attached(self, method: Served, meter: Meter) -> contextlib.AbstractContextManager[Any]:
-        if method.selector is None:
-            return contextlib.nullcontext()
-        return attach(self.model, method.selector, method.budget, min_context=0, sparse_tail=ALL, observer=meter)
+        return Meter(since, since + STEPS - 1, 1, self.plan.errors, marked, ERRORS)
 
     def _outcomes(
         self, reader: Reader, batch: Sequence[Job], meter: Meter, dense: Continuation | None
@@ -257,6 +229,8 @@ class _Evaluation:
             error=meters.spread(reading.error, self.base.num_hidden_layers) if reading else (),
             tokens=tokens,
             auxiliary_bits=method.auxiliary_bits,
+            head_dim=self.base.head_dim,
+            sparse_prompt=0 if self.plan.protocol == "generation" or sample is None else len(job.tail),
             depth=sample.depth if sample else None,
             protocol=self.plan.protocol,
             chat=self.plan.chat,
@@ -294,10 +268,3 @@ class _Evaluation:
                 ),
             )
         )
-
-
-def _round(prompt: CutPrompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What is read densely, and the rest: a multiple of `ROUND` tokens."""
-    more = min(-len(prompt.question) % ROUND, len(prompt.context) - 1)
-    cut_at = len(prompt.context) - more
-    return prompt.context[:cut_at], prompt.context[cut_at:] + prompt.question

@@ -37,6 +37,8 @@ class Entry:
         Attended tokens over causal tokens, mean over the rows that recorded it; else the density asked for.
     read, read_share : float or None
         K (and V) rows read per KV head, each counted once: how many, and over all causal tokens; means.
+    bytes_share : float or None
+        Bytes of these rows and of the auxiliary bits, over what dense attention reads; None if not recorded.
     auxiliary_bits : float
         Read beside K and V, per token and KV head.
     layers : tuple of float
@@ -50,6 +52,7 @@ class Entry:
     attended: float
     read: float | None
     read_share: float | None
+    bytes_share: float | None
     auxiliary_bits: float
     layers: tuple[float, ...]
 
@@ -186,6 +189,7 @@ def _entry(place: Place, rows: Sequence[Row], scores: dict[str, Summary]) -> Ent
         attended=1.0 if method == DENSE else density if attended is None else attended,
         read=_mean(row.rows or 0.0 for row in read),
         read_share=1.0 if method == DENSE else _mean((row.rows or 0.0) / row.tokens for row in read),
+        bytes_share=1.0 if method == DENSE else _mean(row.bytes_share for row in read if row.bytes_share is not None),
         auxiliary_bits=rows[0].auxiliary_bits,
         layers=tuple(statistics.fmean(layer) for layer in layers),
     )

@@ -91,6 +91,7 @@ def figures(board: Board) -> list[Figure]:
     found = [
         Figure("quality", tuple((table.heading(group), plots.by_density(board, group)) for group in scored)),
         Figure("rows", tuple((table.heading(group), plots.by_rows(board, group)) for group in scored)),
+        Figure("bytes", tuple((table.heading(group), plots.by_bytes(board, group)) for group in scored)),
         Figure(
             "bits", tuple((table.heading(group), plots.by_bits(board, group, sparsest)) for group in scored), sparsest
         ),
@@ -110,7 +111,8 @@ def figures(board: Board) -> list[Figure]:
 
 def _view(board: Board, title: str, found: Sequence[Figure]) -> dict[str, Any]:
     """What the template shows of one board."""
-    drawn: dict[str, list[dict[str, Any]]] = {"quality": [], "rows": [], "bits": [], "layers": [], "needles": []}
+    names = ("quality", "rows", "bytes", "bits", "layers", "needles")
+    drawn: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for figure in found:
         density = density_text(figure.density) if figure.density else ""
         parts = [(title, plots.to_svg(chart)) for title, chart in figure.parts]

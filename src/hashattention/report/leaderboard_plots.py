@@ -55,6 +55,12 @@ def by_rows(board: Board, group: str) -> Any:
     return _quality(board, group, shares, "K, V rows read per KV head")
 
 
+def by_bytes(board: Board, group: str) -> Any:
+    """Score of a group against all bytes read, K, V and auxiliary bits, a line a method; None if none were recorded."""
+    shares = {entry.place: entry.bytes_share for entry in board.entries if entry.bytes_share}
+    return _quality(board, group, shares, "bytes read per KV head")
+
+
 def by_bits(board: Board, group: str, density: float) -> Any:
     """Score of a group against the auxiliary bits, a point a method, at one density; None without any."""
     found = {

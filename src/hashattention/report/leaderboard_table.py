@@ -13,13 +13,14 @@ from hashattention.report.table import density_text
 
 #: Columns before and after those of the groups.
 FIRST = ("method", "density")
-LAST = ("attended", "K, V rows read", "of all rows", "aux. bits", "error")
+LAST = ("attended", "K, V rows read", "of all rows", "of all bytes", "aux. bits", "error")
 #: What each of these columns holds, for the page.
 MEANINGS = {
     "density": "asked for: sink, local and heavy tokens over all causal tokens",
     "attended": "attended tokens over all causal tokens, as recorded",
     "K, V rows read": "rows of K (and of V) read per KV head, each counted once, mean",
     "of all rows": "the same over all causal tokens: methods read equal bytes of K and V where this is equal",
+    "of all bytes": "K and V rows and auxiliary bits, over the bytes that dense attention reads",
     "aux. bits": "bits read beside K and V, per token and KV head",
     "error": "|output - dense| / |dense| of the attention output, mean over layers",
 }
@@ -74,6 +75,7 @@ def _costs(entry: Entry) -> list[Cell]:
         _cell(entry.attended, f"{entry.attended:.1%}"),
         Cell("all" if entry.dense else "-", order=math.inf) if read is None else _cell(read, f"{read:,.0f}"),
         _cell(entry.read_share, f"{entry.read_share or 0:.1%}"),
+        _cell(entry.bytes_share, f"{entry.bytes_share or 0:.1%}"),
         _cell(entry.auxiliary_bits, f"{entry.auxiliary_bits:g}"),
         Cell("0", order=0.0) if entry.dense else _cell(entry.error, f"{entry.error or 0:.3f}"),
     ]

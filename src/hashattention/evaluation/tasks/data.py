@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
 import os
 import tempfile
@@ -93,6 +95,25 @@ def _unpack(wheel: Path, wanted: dict[str, Path], requirement: str) -> None:
 
 
 @functools.lru_cache(maxsize=4)
+def digests(folder: Path | None) -> dict[str, str]:
+    """The first 12 hexadecimal digits of the SHA-256 of every file that RULER, or the long text, would be read from."""
+    found = {}
+    for name in (name for members in WHEELS.values() for name in members.values()):
+        with contextlib.suppress(TextError):
+            found[name] = _digest(find(name, folder))
+    return found | {path.name: _digest(path) for path in _texts(folder)}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def _texts(folder: Path | None) -> list[Path]:
+    """The first data folder's own texts."""
+    return next((files for place in places(folder) if (files := sorted((place / "text").glob("*.txt")))), [])
+
+
+@functools.lru_cache(maxsize=4)
 def essays(folder: Path | None) -> str:
     """The Paul Graham essays of RULER, as one text."""
     path = find("PaulGrahamEssays.json", folder)
@@ -102,10 +123,8 @@ def essays(folder: Path | None) -> str:
 @functools.lru_cache(maxsize=4)
 def long_text(folder: Path | None) -> str:
     """Long text that no map was trained on: the ``.txt`` files of a data folder's ``text``, else the essays."""
-    for place in places(folder):
-        files = sorted((place / "text").glob("*.txt"))
-        if files:
-            return "\n\n".join(path.read_text(encoding="utf-8") for path in files)
+    if files := _texts(folder):
+        return "\n\n".join(path.read_text(encoding="utf-8") for path in files)
     return essays(folder)
 
 

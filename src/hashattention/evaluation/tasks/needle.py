@@ -79,12 +79,16 @@ class NeedleTask(Task):
             context=haystack.text + PARAGRAPH,
             question=f"{fact.question} Answer with the number alone.",
             expected=(fact.answer,),
-            grade=lambda answer: float(grade(answer, fact)),
+            grade=functools.partial(_grade, fact=fact),
             max_new_tokens=self.max_new_tokens,
             target=fact.answer,
             first_line=True,
             depth=depth,
         )
+
+
+def _grade(answer: str, fact: Fact) -> float:
+    return float(grade(answer, fact))
 
 
 def _fact(name: str, code: int) -> Fact:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class RulerTask(Task):
             context=draft.context,
             question=draft.question,
             expected=draft.expected,
-            grade=lambda answer: match(answer, draft.expected),
+            grade=functools.partial(match, expected=draft.expected),
             max_new_tokens=generator.max_new_tokens,
             answer_prefix=draft.answer_prefix,
             target=draft.target,
