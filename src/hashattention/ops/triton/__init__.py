@@ -16,6 +16,7 @@ from hashattention.ops.triton.decode import decode, decode_step
 from hashattention.ops.triton.encode import LAST_STAGE_BYTES, encode_query, encode_signature, write_signature
 from hashattention.ops.triton.score import score
 from hashattention.ops.triton.select import MOST_LEVELS, levels_of, score_select
+from hashattention.ops.triton.select_scores import select
 
 __all__ = [
     "attend",
@@ -26,6 +27,7 @@ __all__ = [
     "refuse",
     "score",
     "score_select",
+    "select",
     "write_signature",
 ]
 
