@@ -47,6 +47,9 @@ def eval_(
     batch_tokens: Annotated[
         int | None, typer.Option(help="Run samples together up to that many tokens; by default what a GPU takes.")
     ] = None,
+    shard: Annotated[str, typer.Option(help="i/n: each n-th sample alone, from the i-th; n processes share --out.")] = (
+        "0/1"
+    ),
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Keep the rows that --out has.")] = True,
     fetch: Annotated[bool, typer.Option("--fetch", help="First fetch RULER's data (into --data, if given).")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
@@ -80,6 +83,7 @@ def eval_(
         chat=chat,
         errors=errors,
         batch_tokens=batch_tokens,
+        shard=_shard(shard),
     )
     rows = _run(model, plan, out, maps, where, dtype, resume)
     _show(rows, out)
@@ -172,6 +176,13 @@ def _fraction(text: str) -> float:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"density must be a number or a fraction, as 1/16; given {text!r}.") from error
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, number = text.partition("/")
+    if not (first.isdigit() and number.isdigit() and int(first) < int(number)):
+        raise ConfigError(f"shard must be i/n with i from 0 to n - 1, as 0/4; given {text!r}.")
+    return int(first), int(number)
 
 
 def _whole(text: str) -> int:

@@ -217,7 +217,11 @@ def _read_all(model: Any, contexts: Sequence[Sequence[int]], width: int, room: i
 
 def _read(model: Any, tokens: Sequence[int]) -> tuple[Any, Tensor]:
     cache = DynamicCache(config=model.config)
-    ids = torch.tensor([list(tokens)], device=model.device)
+    ids = torch.tensor([list(tokens)])
+    if model.device.type == "cuda":
+        # From pinned memory the host need not wait for the context before.
+        ids = ids.pin_memory()
+    ids = ids.to(model.device, non_blocking=True)
     with torch.inference_mode():
         logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return cache, logits[0, -1].float()
