@@ -54,6 +54,7 @@ def test_rows_table_and_json(invoke, last_json, words, tmp_path: Path) -> None:
         (("--density", "1/0"), "density must be a number or a fraction, as 1/16; given '1/0'"),
         (("--density", "3"), "density must be in (0, 1]"),
         (("--shard", "2/2"), "shard must be i/n with i from 0 to n - 1, as 0/4; given '2/2'"),
+        (("--question-tokens", "0"), "question_tokens must be at least 1"),
         (("--shard", "half"), "given 'half'"),
         (("--length", "4k"), "length must be a whole number of tokens; given '4k'"),
         (("--length", "9000"), "this model's context is 2048"),

@@ -39,6 +39,7 @@ def eval_(
     protocol: Annotated[str, typer.Option(help="question: it and the answer are sparse; generation: the answer.")] = (
         "question"
     ),
+    question_tokens: Annotated[int, typer.Option(help="Last tokens of a prompt that are sparse.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     sink: Annotated[int, typer.Option(help="First tokens that are always attended.")] = 16,
     local: Annotated[int, typer.Option(help="Last tokens that are always attended.")] = 64,
@@ -84,6 +85,7 @@ def eval_(
         errors=errors,
         batch_tokens=batch_tokens,
         shard=_shard(shard),
+        question_tokens=question_tokens,
     )
     rows = _run(model, plan, out, maps, where, dtype, resume)
     _show(rows, out)
