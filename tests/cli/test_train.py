@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from hashattention import HashMaps
-from hashattention.cli.train import adjust
+from hashattention.cli import train as module
+from hashattention.cli.train import adjust, with_rate
 from hashattention.errors import ConfigError
 from hashattention.train.recipe import Recipe
 
@@ -96,3 +97,21 @@ def test_a_shorter_context_asks_for_no_more_queries_than_there_are() -> None:
 def test_values_a_recipe_does_not_allow(given: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(given))):
         adjust(Recipe.group(), **given)
+
+
+def test_a_context_replaces_the_recipes_lengths() -> None:
+    mixed = dataclasses.replace(Recipe.group(), lengths=(4096, 8192))
+    assert adjust(mixed, context=2048).lengths == () and adjust(mixed, steps=3).lengths == (4096, 8192)
+
+
+def test_training_tells_its_rate_without_the_resumed_steps(monkeypatch) -> None:
+    clock, told = iter([0.0, 2.0, 10.0, 100.0]), []
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    report = with_rate(lambda text, done, total: told.append(text))
+    for text, done in [("training", 40), ("training", 44), ("training", 45), ("training", 60), ("measuring", 1)]:
+        report(text, done, 100)
+    report("training", 0, 50)
+    assert told == [
+        "training", "training (2 steps/s, 44 of 100)", "training (2 steps/s, 44 of 100)",
+        "training (2 steps/s, 60 of 100)", "measuring", "training",
+    ]  # fmt: skip

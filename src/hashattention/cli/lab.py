@@ -9,6 +9,7 @@ import typer
 
 from hashattention.cli.model import load, parse_device, parse_dtype
 from hashattention.cli.output import console, emit, grid, progress
+from hashattention.cli.train import with_rate
 from hashattention.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def lab(
         where = parse_device(device)
         with progress(console()) as report:
             loaded = load(_model(study, model), where, parse_dtype(dtype, where), report)
-            options: dict[str, Any] = {"texts": text, "held_out_texts": held_out, "progress": report}
+            options: dict[str, Any] = {"texts": text, "held_out_texts": held_out, "progress": with_rate(report)}
             rows = Lab(loaded, study, out, **options).run()
     if not rows:
         raise InputError(f"{out} holds no rows yet; leave out --draw to make them.")

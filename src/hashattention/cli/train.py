@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from hashattention.cli.output import console, emit, grid, progress
 from hashattention.errors import InputError
 
 if TYPE_CHECKING:
+    from hashattention.models.packaged import Progress
     from hashattention.train.recipe import Recipe
 
 #: Before the name of a data set, to tell it from a path.
@@ -53,7 +55,7 @@ def train(
     kind = parse_dtype(dtype, where)
     with progress(console()) as report:
         loaded = load(model, where, kind, report)
-        done = run(loaded, texts, out, chosen, held_out_texts=other, resume=resume, progress=report)
+        done = run(loaded, texts, out, chosen, held_out_texts=other, resume=resume, progress=with_rate(report))
     shown = console()
     shown.print(grid(rows.methods(done["metrics"]), rows.METHOD_COLUMNS, "held-out quality, mean over layers", left=2))
     shown.print(f"maps: {out}", soft_wrap=True)
@@ -61,8 +63,30 @@ def train(
         emit(done)
 
 
+def with_rate(report: Progress) -> Progress:
+    """`report` with the steps a second behind "training", anew each tenth of the way: resumed steps do not count."""
+    begun: tuple[float, int] | None = None
+    said, tenth = "", -1
+
+    def tell(text: str, done: int, total: int) -> None:
+        nonlocal begun, said, tenth
+        if text != "training":
+            begun, said, tenth = None, "", -1
+            report(text, done, total)
+            return
+        begun = begun or (time.monotonic(), done)
+        since, first = begun
+        if 10 * done // max(1, total) > tenth and done > first:
+            tenth, rate = 10 * done // max(1, total), (done - first) / max(1e-9, time.monotonic() - since)
+            said = f" ({rate:.3g} steps/s, {done} of {total})"
+        report(text + said, done, total)
+
+    return tell
+
+
 def adjust(recipe: Recipe, **given: int | None) -> Recipe:
     """The recipe with what was given on the command line; a shorter context records no more queries than it has.
+    A context replaces the recipe's `lengths`.
 
     Raises
     ------
@@ -71,7 +95,8 @@ def adjust(recipe: Recipe, **given: int | None) -> Recipe:
     """
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if "context" in changes:
-        fewest = dataclasses.replace(recipe, context=changes["context"], queries=1, step_queries=1)
+        changes |= {"lengths": ()}
+        fewest = dataclasses.replace(recipe, context=changes["context"], lengths=(), queries=1, step_queries=1)
         queries = min(recipe.queries, max(1, len(fewest.positions_from())))
         changes |= {"queries": queries, "step_queries": min(recipe.step_queries, queries)}
     return dataclasses.replace(recipe, **changes)
