@@ -11,7 +11,7 @@ from torch.nn import functional
 from hashattention import ops
 from hashattention.bench import paged, paper
 from hashattention.bench.cases import Inputs
-from hashattention.ops import reference
+from hashattention.ops import dispatch, reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,28 @@ def _select(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
 def _attend(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
     arguments = inputs.q, inputs.k, inputs.v, chosen.indices, chosen.counts
     return lambda: ops.attend(*arguments, scale=inputs.scale)
+
+
+def _cuda(op: str, prepare: Prepare) -> Method:
+    """A part by the CUDA kernels, which are the automatic choice of the whole step alone."""
+
+    def refuse(inputs: Inputs) -> str | None:
+        features = {"code": inputs.signatures, "levels": inputs.case.levels, "capacity": inputs.capacity}
+        heads = {"selection_heads": inputs.case.sizes.kv_heads, "k": inputs.k, "v": inputs.v}
+        return dispatch.refusal(
+            "cuda", op, inputs.q, {**features, **heads, "signatures": inputs.signatures, "named": 1}
+        )
+
+    return Method("part", prepare, refuse)
+
+
+def _cuda_select(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    return lambda: ops.score_select(chosen.code, *_selection(inputs), levels=inputs.case.levels, backend="cuda")
+
+
+def _cuda_attend(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    arguments = inputs.q, inputs.k, inputs.v, chosen.indices, chosen.counts
+    return lambda: ops.attend(*arguments, scale=inputs.scale, backend="cuda")
 
 
 def _paper(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
@@ -143,7 +165,7 @@ SLOW = {
     "score+select, reference": Method("slow", _reference_select),
     "attend, reference": Method("slow", _reference_attend),
 }
-#: Device type -> named baselines.
+#: Device type -> named baselines, and parts that it alone has.
 BASELINES = {
     "cpu": {
         "dense SDPA, group as rows": Method("dense", _sdpa_rows),
@@ -152,6 +174,8 @@ BASELINES = {
         "paper, torch": Method("paper", _paper),
     },
     "cuda": {
+        "score+select, CUDA": _cuda("score_select", _cuda_select),
+        "attend, CUDA": _cuda("attend", _cuda_attend),
         "dense cuDNN, group as rows": Method("dense", _forced(_sdpa_rows, "CUDNN_ATTENTION")),
         "dense cuDNN, enable_gqa": Method("dense", _forced(_sdpa_gqa, "CUDNN_ATTENTION")),
         "dense flash, group as rows": Method("dense", _forced(_sdpa_rows, "FLASH_ATTENTION")),

@@ -157,6 +157,8 @@ def _rows(
 
 def _backend(inputs: Inputs, method: str) -> str:
     """Which kernels ran; on a CPU with their instruction set."""
+    if method.endswith(", CUDA"):
+        return "cuda"
     run = ops.dispatch.find("attend", inputs.q, k=inputs.k, v=inputs.v)
     if method == "step":
         features: dict[str, Any] = {

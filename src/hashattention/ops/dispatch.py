@@ -29,7 +29,7 @@ MODULES = {
 }
 
 
-#: Backends that have whole steps and no parts to make them of.
+#: Backends that have whole steps and not all the parts to make them of.
 FUSED_ONLY = frozenset({"cuda"})
 #: Backends that an automatic choice takes for CUDA tensors alone, and does not import for others.
 CUDA_ONLY = frozenset({"cuda", "triton"})

@@ -126,9 +126,10 @@ def test_all_ties_take_the_most_recent():
     torch.testing.assert_close(ops.decode(**made, backend="cuda")[0], wanted, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("towards", [True, False])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_scores_below_the_counted_window(batch):
-    """128 bits give more scores than there are bins; keys against the code lie in the lowest."""
+def test_scores_beyond_the_counted_window(batch, towards):
+    """128 bits give more scores than there are bins; keys that are the code, or against it, lie outside the first."""
     made = case(batch, 4096, bits=128, budget=(2, 8, 300))
     made["start"].zero_()
     made["end"].fill_(4096)
@@ -136,12 +137,35 @@ def test_scores_below_the_counted_window(batch):
         cache.normal_()
     x = ops.group_queries(made["q"], 8)
     code, _ = reference.encode_query(x, made["weights"], made["biases"], 7)
-    against = reference.pack_bits(code < 0)
-    made["signatures"].copy_(against.expand_as(made["signatures"]))
+    keys = reference.pack_bits(code > 0 if towards else code < 0)
+    made["signatures"].copy_(keys.expand_as(made["signatures"]))
     made["signatures"][:, :, 100:200] ^= 0xF0F
     out, _ = ops.decode(**made, backend="cuda")
     wanted, _ = expected(made)
     torch.testing.assert_close(out.float(), wanted, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("pages", [0, 16])
+@pytest.mark.parametrize(("bits", "levels", "batch"), [(64, 7, 3), (32, 7, 40), (128, 7, 9), (64, 0, 5), (32, 15, 2)])
+def test_parts_by_name_are_the_reference(bits, levels, batch, pages):
+    """Selection bit for bit, attention within twice what plain rounding costs."""
+    made = case(batch, 3072, bits=bits, levels=levels)
+    made = page(made, pages) if pages else made
+    code = torch.randint(-levels, levels + 1, (batch, 8, 1, bits), device="cuda").to(torch.int8)
+    code = code if levels else torch.randint(-(2**31), 2**31, (batch, 8, 1, bits // 32), device="cuda").int()
+    rows = made["start"], made["end"], made["budgets"], made["capacity"]
+    table = made.get("block_table")
+    options = {"block_table": table, "levels": levels or 127, "backend": "cuda"}
+    indices, counts = ops.score_select(code, made["signatures"], *rows, **options)
+    wanted, wanted_counts = reference.score_select(code, made["signatures"], *rows, None, table)
+    assert torch.equal(counts, wanted_counts)
+    assert torch.equal(indices, wanted)
+    tensors = made["q"], made["k"], made["v"]
+    out, logsumexp = ops.attend(*tensors, indices, counts, scale=0.1, block_table=table, backend="cuda")
+    exact, lse = reference.attend(*(t.float() for t in tensors), indices, counts, 0.1, 0.0, table)
+    torch.testing.assert_close(logsumexp, lse, atol=1e-4, rtol=1e-5)
+    plain = (exact.to(out.dtype).float() - exact).norm()
+    assert (out.float() - exact).norm() <= 2 * plain
 
 
 def test_empty_rows_give_zero():

@@ -14,14 +14,25 @@ import torch
 from torch import Tensor
 
 from hashattention.ops.cuda.build import find_compiler
-from hashattention.ops.cuda.step import Map, choose, describe, encode, encode_blocks, fuses, launch, planes_of
+from hashattention.ops.cuda.parts import attend, score_select
+from hashattention.ops.cuda.step import (
+    Map,
+    choose,
+    choose_fused,
+    describe,
+    encode,
+    encode_blocks,
+    fuses,
+    launch,
+    planes_of,
+)
 
-__all__ = ["decode", "decode_step", "refuse"]
+__all__ = ["attend", "decode", "decode_step", "refuse", "score_select"]
 
 SHORT = (torch.float16, torch.bfloat16)
-#: As many rows of as many tokens the step encodes by itself, in clusters of 8 blocks; more rows share a launch of their
-#: own, which reads the maps once for all.
-FEW_ROWS, FEW_TOKENS = 24, 8 << 16
+#: Up to as many rows the step encodes by itself, each in a cluster of 8 blocks with multiprocessors of their own; more
+#: share a launch before it, which reads the maps once for all.
+FEW_ROWS = 12
 
 
 def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
@@ -36,34 +47,39 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
         return "a mask with holes is not supported"
     if tensor.numel() == 0:
         return "empty tensors are left to the reference"
-    return (
-        _refuse_pages(arguments)
-        or _refuse_length(arguments)
-        or _refuse_map(tensor, arguments)
-        or _refuse_attend(tensor, arguments)
-        or _refuse_signatures(arguments)
-    )
+    if op in ("score_select", "attend") and not arguments.get("named"):
+        return "a part of the step, compiled for those who name it"
+    checks = {
+        "score_select": (_refuse_pages, _refuse_length, _refuse_code, _refuse_signatures),
+        "attend": (_refuse_pages, _refuse_attend),
+    }.get(op, (_refuse_pages, _refuse_length, _refuse_map, _refuse_attend, _refuse_signatures))
+    return next((reason for check in checks if (reason := check(tensor, arguments))), None)
 
 
-def _refuse_pages(arguments: Mapping[str, Any]) -> str | None:
+def _refuse_pages(tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
     if arguments.get("block_table") is None:
         return None
-    for name in ("k", "signatures"):
-        cache = arguments.get(name)
+    caches = {
+        "k": arguments.get("k"),
+        "signatures": arguments.get("signatures", tensor if "code" in arguments else None),
+    }
+    for name, cache in caches.items():
         if cache is not None and (cache.shape[2] < 8 or cache.shape[2] & (cache.shape[2] - 1)):
             return f"pages must hold a power of two of at least 8 tokens, {name}'s hold {cache.shape[2]}"
     return None
 
 
-def _refuse_length(arguments: Mapping[str, Any]) -> str | None:
-    signatures, table = arguments["signatures"], arguments.get("block_table")
+def _refuse_length(tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    signatures, table = arguments.get("signatures", tensor), arguments.get("block_table")
     tokens = signatures.shape[2] * (1 if table is None else table.shape[1])
     held = choose(0, 1, tokens, arguments["capacity"], 8 * 256)
     return None if held else f"{tokens} tokens a row are more than a cluster's shared memory holds"
 
 
 def _refuse_attend(q: Tensor, arguments: Mapping[str, Any]) -> str | None:
-    k, v, heads = arguments["k"], arguments["v"], arguments["selection_heads"]
+    k = arguments["k"]
+    v = arguments.get("v", k)
+    heads = arguments["indices"].shape[1] if "indices" in arguments else arguments["selection_heads"]
     if q.dtype not in SHORT or k.dtype != q.dtype:
         return f"needs q, k and v in fp16 or bf16 alike, given {q.dtype} and {k.dtype}"
     if q.shape[-1] not in (64, 128, 256) or v.shape[-1] != q.shape[-1]:
@@ -89,8 +105,16 @@ def _refuse_map(q: Tensor, arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _refuse_signatures(arguments: Mapping[str, Any]) -> str | None:
-    signatures, levels = arguments["signatures"], arguments["levels"]
+def _refuse_code(tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    code = arguments["code"]
+    if code.shape[1] != arguments["selection_heads"]:
+        return "needs one code a selection head"
+    return None
+
+
+def _refuse_signatures(tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    signatures, levels, code = arguments.get("signatures", tensor), arguments["levels"], arguments.get("code")
+    levels = levels if code is None or code.dtype == torch.int8 else 0
     words = signatures.shape[-1]
     if signatures.shape[1] != arguments["selection_heads"]:
         return "needs one signature a selection head"
@@ -125,7 +149,7 @@ def decode_step(
     """The op `decode`; `new_key` (k ``[B, Hkv, 1, D]``, phi_k's weights and biases) is encoded in the same launch as q.
 
     Its signature goes to position ``end[b] - 1``. Few rows (requests times selection heads) are one launch, more are
-    two: `fused` says which, None as `FEW_ROWS` has it. `shape` forces (threads, blocks a row).
+    two: `fused` says which, None as `FEW_ROWS` has it. `shape` forces (threads, blocks a row) of the second.
     """
     batch, heads = budgets.shape[:2]
     bits = weights[-1].shape[-1]
@@ -136,20 +160,23 @@ def decode_step(
     tensors |= {"table": block_table, "q": q, "k": k, "v": v, "out": out, "logsumexp": logsumexp}
     run = functools.partial(
         launch, heads=heads, batch=batch, capacity=capacity, bits=bits, levels=levels, tokens=tokens, tensors=tensors,
-        scale=scale, softcap=softcap, shape=shape,
+        scale=scale, softcap=softcap,
     )  # fmt: skip
     if new_key:
         new_key = new_key[0].contiguous(), *new_key[1:]
     hidden = fuses(q, heads, weights, new_key[1] if new_key else None)
     x = q.view(batch, heads, 1, -1)
-    if hidden and (fused if fused is not None else heads * batch <= FEW_ROWS and tokens <= FEW_TOKENS):
-        maps = describe(x, weights, biases), describe(*new_key) if new_key else Map()
-        run(3, hidden=hidden, maps=maps)
-        return out, logsumexp
+    if hidden and (heads * batch <= FEW_ROWS if fused is None else fused):
+        outputs = q.shape[1] // heads * q.shape[-1]
+        whole = choose_fused(heads, batch, tokens, capacity, outputs, hidden, bits, q.shape[-1])
+        if whole:
+            maps = describe(x, weights, biases), describe(*new_key) if new_key else Map()
+            run(3, hidden=hidden, maps=maps, shape=whole)
+            return out, logsumexp
     planes = torch.empty((batch, heads, planes_of(levels) + 1, bits // 32), dtype=torch.int32, device=q.device)
     encode(x, weights, biases, levels, planes, (*new_key, signatures, end, block_table) if new_key else None)
     tensors["planes"] = planes
-    run(0)
+    run(0, shape=shape)
     return out, logsumexp
 
 

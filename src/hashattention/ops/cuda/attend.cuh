@@ -2,6 +2,13 @@
 #pragma once
 #include "common.cuh"
 
+// Tiles in flight a warp: where one block has a multiprocessor to itself, its registers hold two.
+constexpr int TILES = RESIDENT == 1 && THREADS <= 256 && HEAD_DIM <= 128 ? 2 : 1;
+// And each logit is two sums, so that fewer products wait for one another.
+#ifndef REREAD
+#define REREAD (RESIDENT > 1)
+#endif
+constexpr int SUMS = RESIDENT == 1 ? 2 : 1;
 constexpr float LOG2E = 1.4426950408889634f;
 
 __device__ __forceinline__ uint4 load16(const void* p) {
@@ -43,9 +50,15 @@ __device__ __forceinline__ void attend(cg::cluster_group& cluster, const Argumen
     const char* k = reinterpret_cast<const char*>(a.k) + (kv_head * a.k1 + (PAGED ? 0 : request * a.k0)) * 2;
     const char* v = reinterpret_cast<const char*>(a.v) + (kv_head * a.v1 + (PAGED ? 0 : request * a.v0)) * 2;
     const char* q = reinterpret_cast<const char*>(a.q) + (request * a.q0 + int64_t(head * ROWS + g) * a.q1) * 2;
+    auto load_query = [&](int i) {
+        uint4 r = make_uint4(0, 0, 0, 0);
+        if (g < ROWS) asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(q + i * 64 + c * 16));
+        return r;
+    };
+    // Kept where there are registers for it, else read again from the first-level cache.
     uint4 query[CHUNKS];
 #pragma unroll
-    for (int i = 0; i < CHUNKS; i++) query[i] = g < ROWS ? *reinterpret_cast<const uint4*>(q + i * 64 + c * 16) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < CHUNKS; i++) query[i] = REREAD ? make_uint4(0, 0, 0, 0) : load_query(i);
     float acc[HALVES * 4][4] = {};
     float top = -INFINITY, sum = 0;
     int mask = (1 << a.page_shift) - 1;
@@ -54,16 +67,14 @@ __device__ __forceinline__ void attend(cg::cluster_group& cluster, const Argumen
         return base + slot * d2 * 2;
     };
     // Slots beyond the end repeat the last token, at weight 0: what is not selected may hold anything.
-    uint4 key[2][CHUNKS], value[4][HALVES];
-    auto load_keys = [&](int begin) {
+    uint4 key[TILES][2][CHUNKS], value[TILES][4][HALVES];
+    auto load = [&](int begin, uint4 (&key)[2][CHUNKS], uint4 (&value)[4][HALVES]) {
 #pragma unroll
         for (int t = 0; t < 2; t++) {
             const char* from = place(k, a.k0, a.k2, s.list[min(begin + t * 8 + g, length - 1)]) + c * 16;
 #pragma unroll
             for (int i = 0; i < CHUNKS; i++) key[t][i] = load16(from + i * 64);
         }
-    };
-    auto load_values = [&](int begin) {
 #pragma unroll
         for (int t = 0; t < 4; t++) {
             const char* from = place(v, a.v0, a.v2, s.list[min(begin + (t >> 1) * 8 + c * 2 + (t & 1), length - 1)]) + g * 16;
@@ -71,21 +82,23 @@ __device__ __forceinline__ void attend(cg::cluster_group& cluster, const Argumen
             for (int h = 0; h < HALVES; h++) value[t][h] = load16(from + h * 128);
         }
     };
-    for (int begin = warp * 16; begin < length; begin += WARPS * 16) {
-        load_keys(begin), load_values(begin);
-        float logit[2][4] = {};
+    auto add = [&](int begin, const uint4 (&key)[2][CHUNKS], const uint4 (&value)[4][HALVES]) {
+        float logit[2][SUMS][4] = {};
 #pragma unroll
-        for (int t = 0; t < 2; t++) {
+        for (int i = 0; i < CHUNKS; i++) {
+            if (REREAD) query[i] = load_query(i);
 #pragma unroll
-            for (int i = 0; i < CHUNKS; i++) {
-                mma(logit[t], query[i].x, 0, query[i].y, 0, key[t][i].x, key[t][i].y);
-                mma(logit[t], query[i].z, 0, query[i].w, 0, key[t][i].z, key[t][i].w);
+            for (int t = 0; t < 2; t++) {
+                mma(logit[t][0], query[i].x, 0, query[i].y, 0, key[t][i].x, key[t][i].y);
+                mma(logit[t][SUMS - 1], query[i].z, 0, query[i].w, 0, key[t][i].z, key[t][i].w);
             }
         }
         float p[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            float x = logit[i >> 1][i & 1] * a.scale;
+            float x = logit[i >> 1][0][i & 1];
+            if (SUMS > 1) x += logit[i >> 1][SUMS - 1][i & 1];
+            x *= a.scale;
             if (a.softcap != 0) x = a.softcap * tanhf(x / a.softcap);
             p[i] = begin + (i >> 1) * 8 + c * 2 + (i & 1) < length ? x * LOG2E : -INFINITY;
         }
@@ -111,6 +124,13 @@ __device__ __forceinline__ void attend(cg::cluster_group& cluster, const Argumen
                 mma(acc[h * 4 + w], __byte_perm(v0[w], v1[w], 0x5410), __byte_perm(v0[w], v1[w], 0x7632), __byte_perm(v2[w], v3[w], 0x5410),
                     __byte_perm(v2[w], v3[w], 0x7632), b0, b1);
         }
+    };
+    for (int begin = warp * 16; begin < length; begin += WARPS * 16 * TILES) {
+        load(begin, key[0], value[0]);
+        bool more = TILES > 1 && begin + WARPS * 16 < length;
+        if (more) load(begin + WARPS * 16, key[TILES - 1], value[TILES - 1]);
+        add(begin, key[0], value[0]);
+        if (more) add(begin + WARPS * 16, key[TILES - 1], value[TILES - 1]);
     }
     MARK(12);
     sum += __shfl_xor_sync(~0u, sum, 1);
@@ -132,15 +152,19 @@ __device__ __forceinline__ void attend(cg::cluster_group& cluster, const Argumen
     __syncthreads();
     constexpr int SHARE = ROWS * HEAD_DIM / BLOCKS;
     int rank = cluster.block_rank();
-    for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += THREADS) {
+    for (int i = threadIdx.x * 2; i < ROWS * HEAD_DIM; i += THREADS * 2) {
         int r = i / HEAD_DIM;
-        float high, weight, value = 0, factors[WARPS];
+        float high, weight, factors[WARPS];
+        float2 value = {};
         merge<WARPS>(tops + r, sums + r, 8, factors, high, weight);
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) value += factors[w] * parts[w * ROWS * HEAD_DIM + i];
-        cluster.map_shared_rank(s.parts, i / SHARE)[rank * SHARE + i % SHARE] = value;
-        if (i % HEAD_DIM < BLOCKS) {
-            float* to = cluster.map_shared_rank(s.stats, i % HEAD_DIM) + rank * 16 + r;
+        for (int w = 0; w < WARPS; w++) {
+            float2 part = *reinterpret_cast<const float2*>(parts + w * ROWS * HEAD_DIM + i);
+            value.x += factors[w] * part.x, value.y += factors[w] * part.y;
+        }
+        *reinterpret_cast<float2*>(cluster.map_shared_rank(s.parts, i / SHARE) + rank * SHARE + i % SHARE) = value;
+        if (i % HEAD_DIM < BLOCKS * 2) {
+            float* to = cluster.map_shared_rank(s.stats, i % HEAD_DIM / 2) + rank * 16 + r;
             to[0] = high, to[8] = weight;
         }
     }
@@ -154,14 +178,14 @@ __device__ __forceinline__ void attend(cg::cluster_group& cluster, const Argumen
         merge<BLOCKS>(s.stats + r, s.stats + 8 + r, 16, factors, high, weight);
 #pragma unroll
         for (int j = 0; j < BLOCKS; j++) value += factors[j] * s.parts[j * SHARE + i];
-        float result = weight > 0 ? value / weight : 0;
+        float result = weight > 0 ? __fdividef(value, weight) : 0;
         int64_t place = row_id * ROWS * HEAD_DIM + rank * SHARE + i;
 #if HALF
         reinterpret_cast<__half*>(a.out)[place] = __float2half_rn(result);
 #else
         reinterpret_cast<__nv_bfloat16*>(a.out)[place] = __float2bfloat16_rn(result);
 #endif
-        if ((rank * SHARE + i) % HEAD_DIM == 0) a.logsumexp[row_id * ROWS + r] = weight > 0 ? (high + log2f(weight)) * 0.6931471805599453f : -INFINITY;
+        if ((rank * SHARE + i) % HEAD_DIM == 0) a.logsumexp[row_id * ROWS + r] = weight > 0 ? (high + __log2f(weight)) * 0.6931471805599453f : -INFINITY;
     }
     MARK(15);
 }

@@ -40,9 +40,21 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 
 __device__ __forceinline__ float silu(float x) { return x / (1 + __expf(-x)); }
 
-constexpr int BITS = WORDS * 32, BINS = 256, WARPS = THREADS / 32;
+constexpr int BITS = WORDS * 32, BINS = 128, WARPS = THREADS / 32;
 
-// One warp: integer weights of the logits as signs and bit planes (a bit code: LEVELS 0).
+// One warp: word w of a code, a lane's weight each (a bit code's is 1 or -1), as signs and bit planes of the magnitudes.
+__device__ __forceinline__ void store_planes(uint32_t* planes, int w, int code) {
+    int lane = threadIdx.x & 31;
+    uint32_t sign = __ballot_sync(~0u, code < 0);
+    if (lane == 0) planes[w] = sign;
+#pragma unroll
+    for (int p = 0; p < PLANES; p++) {
+        uint32_t plane = __ballot_sync(~0u, abs(code) >> p & 1);
+        if (lane == 0) planes[(p + 1) * WORDS + w] = plane;
+    }
+}
+
+// One warp: integer weights of the logits (a bit code: LEVELS 0).
 __device__ __forceinline__ void quantise(const float* logits, uint32_t* planes) {
     int lane = threadIdx.x & 31;
     uint32_t top = 0;
@@ -53,14 +65,18 @@ __device__ __forceinline__ void quantise(const float* logits, uint32_t* planes) 
 #pragma unroll
     for (int w = 0; w < WORDS; w++) {
         float logit = logits[w * 32 + lane];
-        int code = LEVELS ? __float2int_rn(logit * scale) : (logit > 0 ? 1 : -1);
-        uint32_t sign = __ballot_sync(~0u, code < 0);
-        if (lane == 0) planes[w] = sign;
+        store_planes(planes, w, LEVELS ? __float2int_rn(logit * scale) : (logit > 0 ? 1 : -1));
+    }
+}
+
+// One warp: the same of a code that is there already, int8 weights or packed bits.
+__device__ __forceinline__ void read_code(const void* codes, int64_t row, uint32_t* planes) {
+    int lane = threadIdx.x & 31;
 #pragma unroll
-        for (int p = 0; p < PLANES; p++) {
-            uint32_t plane = __ballot_sync(~0u, abs(code) >> p & 1);
-            if (lane == 0) planes[(p + 1) * WORDS + w] = plane;
-        }
+    for (int w = 0; w < WORDS; w++) {
+        int code = LEVELS ? static_cast<const int8_t*>(codes)[row * BITS + w * 32 + lane]
+                          : (static_cast<const uint32_t*>(codes)[row * WORDS + w] >> lane & 1 ? 1 : -1);
+        store_planes(planes, w, code);
     }
 }
 
@@ -74,7 +90,7 @@ struct Map {
 };
 
 struct Arguments {
-    const uint32_t* planes;       // [B, H, PLANES + 1, WORDS]: the signs, then the magnitude's bit planes
+    const uint32_t* planes;       // [B, H, PLANES + 1, WORDS]: the signs, then the magnitude's bit planes; MODE 1: a code
     uint32_t* signatures;         // dense [B, H, T, WORDS] or pages [P, H, N, WORDS]
     const int* start;             // [B]
     const int* end;               // [B]
@@ -89,6 +105,7 @@ struct Arguments {
     int* counts;                  // [B, H]
     int64_t s0, s1, k0, k1, k2, v0, v1, v2, q0, q1;
     int tokens, capacity, table_width, page_shift, ratio, list_capacity;
+    int prefetch;                 // tokens of a block
     float scale, softcap;
     Map query, key;               // only where the step encodes; key.x may be null
 };

@@ -1,8 +1,8 @@
-// Encode many rows: every head's MLP on the tensor cores, a cluster a head and 32 requests; each block holds a slice of every stage's
+// Encode many rows: every head's MLP on the tensor cores, a cluster a head and TILE requests; each block holds a slice of every stage's
 // columns, and the hidden layers go to every block through distributed shared memory as two 16-bit numbers, their value and what
 // rounding leaves of it, so that they lose next to nothing. All weights are asked for before the first product.
-// Built with: QUERY_IN, KEY_IN (0: no keys), HIDDEN0, HIDDEN1 (0: none), WORDS, LEVELS (0: bit code), PLANES, BLOCKS, HALF, and what
-// common.cuh asks for.
+// Built with: QUERY_IN, KEY_IN (0: no keys), HIDDEN0, HIDDEN1 (0: none), WORDS, LEVELS (0: bit code), PLANES, BLOCKS, HALF, TILE (requests of a cluster: 16 or 32),
+// and what common.cuh asks for.
 #include "common.cuh"
 
 struct Batch {
@@ -15,7 +15,7 @@ struct Batch {
     int batch, tokens, table_width, page;
 };
 
-constexpr int TILE = 32, STAGES = HIDDEN1 ? 3 : 2, LAST = HIDDEN1 ? HIDDEN1 : HIDDEN0, WIDEST_IN = QUERY_IN > KEY_IN ? QUERY_IN : KEY_IN;
+constexpr int STAGES = HIDDEN1 ? 3 : 2, LAST = HIDDEN1 ? HIDDEN1 : HIDDEN0, WIDEST_IN = QUERY_IN > KEY_IN ? QUERY_IN : KEY_IN;
 constexpr int COLUMNS0 = HIDDEN0 / BLOCKS, COLUMNS1 = HIDDEN1 / BLOCKS, COLUMNS2 = BITS / BLOCKS, SHARE = TILE / BLOCKS;
 // In 16-byte units: the weights, the inputs (later the second hidden layer), the first hidden layer.
 constexpr int WEIGHTS = (WIDEST_IN * COLUMNS0 + HIDDEN0 * COLUMNS1 + LAST * COLUMNS2) / 8;
@@ -55,53 +55,79 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// What a warp does in a stage: tiles of 16 requests and 8 of this block's columns, with the biases of its lane's columns there.
+template <int OUT>
+struct Tasks {
+    static constexpr int TILES = OUT / BLOCKS / 8, COUNT = TILES * (TILE / 16), EACH = (COUNT + WARPS - 1) / WARPS;
+    float2 biases[EACH > 0 ? EACH : 1];
+
+    // Loaded at the start: a load where it is needed would be a stage's longest wait.
+    __device__ __forceinline__ Tasks(const void* bias, int head, int rank) {
+#pragma unroll
+        for (int n = 0; n < EACH; n++) biases[n] = *reinterpret_cast<const float2*>(static_cast<const float*>(bias) + int64_t(head) * OUT + column(n, rank));
+    }
+    __device__ __forceinline__ static int index(int n) { return (threadIdx.x >> 5) + n * WARPS; }
+    __device__ __forceinline__ static int column(int n, int rank) { return rank * (OUT / BLOCKS) + index(n) % TILES * 8 + (threadIdx.x & 3) * 2; }
+};
+
 // Rows of TERMS matrices [TILE, IN] times this block's columns of a stage; emit(row, column in the stage, two neighbours).
 template <int TERMS, int IN, int OUT, typename Emit>
-__device__ __forceinline__ void products(const uint4* rows, const uint4* slice, const void* bias, int head, int rank, Emit emit) {
-    constexpr int COLUMNS = OUT / BLOCKS;
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    for (int tile = warp; tile < COLUMNS / 8; tile += WARPS) {
+__device__ __forceinline__ void products(const uint4* rows, const uint4* slice, const Tasks<OUT>& tasks, int rank, Emit emit) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int n = 0; n < Tasks<OUT>::EACH; n++) {
+        int task = tasks.index(n), tile = task % Tasks<OUT>::TILES, first = task / Tasks<OUT>::TILES * 16;
+        if (task >= Tasks<OUT>::COUNT) break;
+        // Two sums each, so that fewer products wait for one another.
         float sum[2][TERMS][4] = {};
 #pragma unroll 4
-        for (int k = 0; k < IN; k += 16) {
-            uint32_t b0, b1;
-            asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                         : "=r"(b0), "=r"(b1) : "r"(address(slice + place<COLUMNS>(k + (lane & 15), tile))));
+        for (int k = 0; k < IN; k += 32) {
 #pragma unroll
-            for (int m = 0; m < 2; m++) {
+            for (int half = 0; half < 2; half++) {
+                int in = k + half * 16;
+                uint32_t b0, b1;
+                asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                             : "=r"(b0), "=r"(b1) : "r"(address(slice + place<OUT / BLOCKS>(in + (lane & 15), tile))));
 #pragma unroll
                 for (int t = 0; t < TERMS; t++) {
                     uint32_t a[4];
                     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                                 : "r"(address(rows + t * (TILE * IN / 8) + place<IN>(m * 16 + (lane & 15), k / 8 + (lane >> 4)))));
-                    multiply(sum[m][t], a, b0, b1);
+                                 : "r"(address(rows + t * (TILE * IN / 8) + place<IN>(first + (lane & 15), in / 8 + (lane >> 4)))));
+                    multiply(sum[half][t], a, b0, b1);
                 }
             }
         }
-        int column = rank * COLUMNS + tile * 8 + (lane & 3) * 2;
-        float2 b = *reinterpret_cast<const float2*>(static_cast<const float*>(bias) + int64_t(head) * OUT + column);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int m = i >> 1, e = (i & 1) * 2;
-            float low = sum[m][0][e] + b.x, high = sum[m][0][e + 1] + b.y;
-            if (TERMS == 2) low += sum[m][TERMS - 1][e], high += sum[m][TERMS - 1][e + 1];
-            emit(m * 16 + (lane >> 2) + (i & 1) * 8, column, low, high);
+        for (int i = 0; i < 2; i++) {
+            float2 total = tasks.biases[n];
+#pragma unroll
+            for (int t = 0; t < TERMS; t++) total.x += sum[0][t][i * 2] + sum[1][t][i * 2], total.y += sum[0][t][i * 2 + 1] + sum[1][t][i * 2 + 1];
+            emit(first + (lane >> 2) + i * 8, tasks.column(n, rank), total.x, total.y);
         }
     }
 }
 
-// A hidden layer's two neighbours to every block, as their value and its rest.
+// A hidden layer's two neighbours, as their value and its rest, to this block's copy of the layer.
 template <int WIDTH>
-__device__ __forceinline__ void share_hidden(cg::cluster_group& cluster, uint4* layer, int row, int column, float low, float high) {
+__device__ __forceinline__ void keep_hidden(uint4* layer, int row, int column, float low, float high) {
     low = silu(low), high = silu(high);
     uint32_t value = pack(low, high);
     float2 kept = widen(value);
-    uint32_t rest = pack(low - kept.x, high - kept.y);
-    int at = place<WIDTH>(row, column / 8) * 4 + (column & 7) / 2;
+    uint32_t* to = reinterpret_cast<uint32_t*>(layer) + place<WIDTH>(row, column / 8) * 4 + (column & 7) / 2;
+    to[0] = value, to[TILE * WIDTH / 2] = pack(low - kept.x, high - kept.y);
+}
+
+// This block's columns of a hidden layer to every other block, 16 bytes at a time.
+template <int WIDTH>
+__device__ __forceinline__ void share_hidden(cg::cluster_group& cluster, uint4* layer, int rank) {
+    constexpr int OWN = WIDTH / BLOCKS / 8, CHUNKS = 2 * TILE * OWN;
+    __syncthreads();
+#pragma unroll 2
+    for (int i = threadIdx.x; i < CHUNKS; i += THREADS) {
+        int term = i / (TILE * OWN), at = term * (TILE * WIDTH / 8) + place<WIDTH>(i / OWN % TILE, rank * OWN + i % OWN);
+        uint4 own = layer[at];
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
-        uint32_t* to = reinterpret_cast<uint32_t*>(cluster.map_shared_rank(layer, b));
-        to[at] = value, to[at + TILE * WIDTH / 2] = rest;
+        for (int b = 1; b < BLOCKS; b++) cluster.map_shared_rank(layer, (rank + b) % BLOCKS)[at] = own;
     }
 }
 
@@ -124,33 +150,49 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     int rank = cluster.block_rank(), first = blockIdx.z * TILE;
     uint4 *weights = reinterpret_cast<uint4*>(memory), *inputs = weights + WEIGHTS, *hidden = inputs + INPUTS;
     float* logits = reinterpret_cast<float*>(hidden + HIDDENS);
+    MARK(0);
     uint4 *slice1 = weights + IN * COLUMNS0 / 8, *slice2 = slice1 + HIDDEN0 * COLUMNS1 / 8;
     for (int i = threadIdx.x; i < TILE * IN / 8; i += THREADS) {
         int row = i / (IN / 8), chunk = i % (IN / 8);
         // Rows beyond the batch repeat the last one; nobody reads what they give.
         copy_async(inputs + place<IN>(row, chunk), static_cast<const Short*>(map.x) + min(first + row, a.batch - 1) * map.x0 + head * map.x1 + chunk * 8);
     }
+    Tasks<HIDDEN0> tasks0(map.biases[0], head, rank);
+    Tasks<HIDDEN1> tasks1(map.biases[1], head, rank);
+    Tasks<BITS> tasks2(map.biases[STAGES - 1], head, rank);
     load_slice<IN, HIDDEN0>(weights, map.weights[0], head, rank);
     asm volatile("cp.async.commit_group;");
     if constexpr (HIDDEN1 > 0) load_slice<HIDDEN0, HIDDEN1>(slice1, map.weights[1], head, rank);
     load_slice<LAST, BITS>(slice2, map.weights[STAGES - 1], head, rank);
     asm volatile("cp.async.commit_group;");
     asm volatile("cp.async.wait_group 1;" ::: "memory");
+    MARK(1);
     // Every block must have started when another writes to its memory.
     cluster.sync();
-    products<1, IN, HIDDEN0>(inputs, weights, map.biases[0], head, rank,
-                             [&](int row, int column, float low, float high) { share_hidden<HIDDEN0>(cluster, hidden, row, column, low, high); });
+    MARK(2);
+    products<1, IN, HIDDEN0>(inputs, weights, tasks0, rank,
+                             [&](int row, int column, float low, float high) { keep_hidden<HIDDEN0>(hidden, row, column, low, high); });
+    share_hidden<HIDDEN0>(cluster, hidden, rank);
+    MARK(3);
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     cluster.sync();
+    MARK(4);
     if constexpr (HIDDEN1 > 0) {
-        products<2, HIDDEN0, HIDDEN1>(hidden, slice1, map.biases[1], head, rank,
-                                      [&](int row, int column, float low, float high) { share_hidden<HIDDEN1>(cluster, inputs, row, column, low, high); });
+        products<2, HIDDEN0, HIDDEN1>(hidden, slice1, tasks1, rank,
+                                      [&](int row, int column, float low, float high) { keep_hidden<HIDDEN1>(inputs, row, column, low, high); });
+        share_hidden<HIDDEN1>(cluster, inputs, rank);
+        MARK(5);
         cluster.sync();
+        MARK(6);
     }
-    products<2, LAST, BITS>(HIDDEN1 ? inputs : hidden, slice2, map.biases[STAGES - 1], head, rank, [&](int row, int column, float low, float high) {
+    products<2, LAST, BITS>(HIDDEN1 ? inputs : hidden, slice2, tasks2, rank, [&](int row, int column, float low, float high) {
         *reinterpret_cast<float2*>(cluster.map_shared_rank(logits, row / SHARE) + row % SHARE * BITS + column) = make_float2(low, high);
     });
+    MARK(7);
     cluster.sync();
+    MARK(8);
+    // The step may start: it waits for the codes where it needs them. Earlier, its blocks would crowd where no block of this is.
+    cudaTriggerProgrammaticLaunchCompletion();
     for (int i = threadIdx.x >> 5; i < SHARE; i += WARPS) {
         int request = first + rank * SHARE + i;
         if (request >= a.batch) break;

@@ -34,15 +34,11 @@ struct Code {
         }
     }
 
-    // Scores of a lane's tokens, each plus `base`.
-    __device__ __forceinline__ void match(const uint4 (&key)[LOADS], int base, int (&score)[TOKENS]) const {
+    // Scores of a lane's tokens.
+    __device__ __forceinline__ void match(const uint4 (&key)[LOADS], int (&score)[TOKENS]) const {
 #pragma unroll
         for (int m = 0; m < PRODUCTS; m++) {
             int d[4] = {};
-            if (m == 0) {
-                d[0] = d[2] = base;
-                if (WORDS == 1) d[1] = d[3] = base;
-            }
             if constexpr (WORDS == 1) {
                 count_and(d, key[0].x ^ sign[0], key[0].z ^ sign[0], key[0].y ^ sign[0], key[0].w ^ sign[0], columns[m][0][0], columns[m][0][1]);
 #pragma unroll
@@ -73,9 +69,9 @@ __device__ __forceinline__ int largest_score(const uint32_t* planes) {
     return sum;
 }
 
-// Ask the L2 for this block's signatures.
+// Ask the L2 for the first of this block's signatures: as many as it can keep for all blocks at once.
 __device__ __forceinline__ void prefetch(const Arguments& a, const Row& row, int first, int segment, int request, int head) {
-    int stop = min(first + segment, row.local_begin);
+    int stop = min(first + min(segment, a.prefetch), row.local_begin);
     int each = PAGED ? 1 << a.page_shift : 1 << 14;
     for (int token = first + threadIdx.x * each; token < stop; token += blockDim.x * each) {
         // Sizes are multiples of 16 bytes: rows are aligned so, and pages hold 8 tokens at least.
@@ -85,33 +81,50 @@ __device__ __forceinline__ void prefetch(const Arguments& a, const Row& row, int
     }
 }
 
-__device__ __forceinline__ void store_entries(uint8_t* to, const uint32_t (&entry)[TOKENS]) {
+// Two tokens' entries in the halves of a word.
+constexpr int PAIRS = TOKENS / 2;
+
+__device__ __forceinline__ void store_entries(uint8_t* to, const uint32_t (&entry)[PAIRS]) {
     int lane = threadIdx.x & 31;
-    if constexpr (WORDS == 1) reinterpret_cast<uint32_t*>(to)[lane] = entry[0] | entry[1] << 8 | entry[2] << 16 | entry[3] << 24;
-    else if constexpr (WORDS == 2) reinterpret_cast<uint16_t*>(to)[lane] = entry[0] | entry[1] << 8;
-    else to[lane] = entry[0], to[lane + 32] = entry[1];
+    if constexpr (WORDS == 1) reinterpret_cast<uint32_t*>(to)[lane] = __byte_perm(entry[0], entry[PAIRS - 1], 0x6420);
+    else if constexpr (WORDS == 2) reinterpret_cast<uint16_t*>(to)[lane] = __byte_perm(entry[0], 0, 0x4420);
+    else to[lane] = entry[0], to[lane + 32] = entry[0] >> 16;
 }
 
-// A candidate's entry is its score - `base`, kept within 0..255; any other token's is 0.
+__device__ __forceinline__ void count_entries(int* counts, uint32_t entry) {
+    // Without a branch: what is no candidate counts in bin 0, which nobody reads.
+    char* base = reinterpret_cast<char*>(counts);
+    atomicAdd(reinterpret_cast<int*>(base + (entry & 0xffff) * 4), 1);
+    atomicAdd(reinterpret_cast<int*>(base + (entry >> 14)), 1);
+}
+
+__device__ __forceinline__ uint4 load_key(const uint32_t* from) {
+    uint4 key;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(key.x), "=r"(key.y), "=r"(key.z), "=r"(key.w) : "l"(from));
+    return key;
+}
+
+// A candidate's entry is its score - `base`, kept within 0..127; any other token's is 0.
 __device__ void score(const Arguments& a, Shared& s, const Row& row, int first, int segment, int request, int head, int base) {
-    // Selection alone leaves registers for more blocks a multiprocessor.
-    constexpr int UNROLL = (MODE == 1 ? 8 : 16) / LOADS, TOGETHER = 4;
+    // Selection alone, and short signatures, leave registers for more blocks a multiprocessor.
+    constexpr int UNROLL = (MODE == 1 || WORDS == 1 ? 8 : 16) / LOADS, TOGETHER = 4;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int limit = min(row.local_begin, first + segment);
+    uint32_t lift = __byte_perm(-base, -base, 0x5410);
     const uint32_t* dense = a.signatures + place_signature(a, request, head, PAGED ? 0 : first);
     Code code(s.planes);
-    int chunks = (max(0, min(segment, row.local_begin - first)) + CHUNK - 1) / CHUNK;
+    int chunks = (max(0, limit - first) + CHUNK - 1) / CHUNK;
     for (int begin = warp; begin < chunks; begin += WARPS * UNROLL) {
         uint4 key[UNROLL][LOADS];
+        bool whole = (begin + (UNROLL - 1) * WARPS + 1) * CHUNK <= limit - first;
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
 #pragma unroll
             for (int l = 0; l < LOADS; l++) {
                 int offset = (begin + u * WARPS) * CHUNK + lane * (4 / WORDS) + l * 32;
-                key[u][l] = make_uint4(0, 0, 0, 0);
-                if (first + offset < row.local_begin && offset < segment) {
+                if (whole || first + offset < limit) {
                     const uint32_t* from = PAGED ? a.signatures + place_signature(a, request, head, first + offset) : dense + int64_t(offset) * WORDS;
-                    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                                 : "=r"(key[u][l].x), "=r"(key[u][l].y), "=r"(key[u][l].z), "=r"(key[u][l].w) : "l"(from));
+                    key[u][l] = load_key(from);
                 }
             }
         }
@@ -119,26 +132,22 @@ __device__ void score(const Arguments& a, Shared& s, const Row& row, int first, 
 #pragma unroll
         for (int v = 0; v < UNROLL; v += TOGETHER) {
             if (begin + v * WARPS >= chunks) break;
-            uint32_t entry[TOGETHER][TOKENS];
+            uint32_t entry[TOGETHER][PAIRS];
 #pragma unroll
             for (int u = 0; u < TOGETHER; u++) {
                 int found[TOKENS];
-                code.match(key[v + u], -base, found);
+                code.match(key[v + u], found);
 #pragma unroll
-                for (int t = 0; t < TOKENS; t += 2) {
-                    // Both kept within 0..255 by one instruction.
-                    uint32_t both = __vimin_s16x2_relu(__byte_perm(found[t], found[t + 1], 0x5410), 0x00ff00ff);
-                    entry[u][t] = both & 0xffff, entry[u][t + 1] = both >> 16;
-                }
+                for (int t = 0; t < PAIRS; t++) entry[u][t] = __viaddmin_s16x2_relu(__byte_perm(found[2 * t], found[2 * t + 1], 0x5410), lift, 0x007f007f);
             }
-            int token = first + (begin + v * WARPS) * CHUNK, beyond = token + ((TOGETHER - 1) * WARPS + 1) * CHUNK;
-            if (token < row.sink_stop || beyond > min(row.local_begin, first + segment)) {
+            int token = first + (begin + v * WARPS) * CHUNK;
+            if (token < row.sink_stop || token + ((TOGETHER - 1) * WARPS + 1) * CHUNK > limit) {
 #pragma unroll
                 for (int u = 0; u < TOGETHER; u++) {
 #pragma unroll
                     for (int t = 0; t < TOKENS; t++) {
                         int at = token + u * WARPS * CHUNK + (WORDS == 4 ? lane + t * 32 : lane * TOKENS + t);
-                        if (at < row.sink_stop || at >= min(row.local_begin, first + segment)) entry[u][t] = 0;
+                        if (at < row.sink_stop || at >= limit) entry[u][t / 2] &= t & 1 ? 0xffffu : 0xffff0000u;
                     }
                 }
             }
@@ -146,11 +155,12 @@ __device__ void score(const Arguments& a, Shared& s, const Row& row, int first, 
             for (int u = 0; u < TOGETHER; u++) {
                 int chunk = begin + (v + u) * WARPS;
 #pragma unroll
-                for (int t = 0; t < TOKENS; t++) if (entry[u][t]) atomicAdd(s.counts + entry[u][t], 1);
+                for (int t = 0; t < PAIRS; t++) count_entries(s.counts, entry[u][t]);
                 if (chunk < chunks) store_entries(s.scores() + chunk * CHUNK, entry[u]);
             }
         }
     }
     // The rest of the segment holds no candidate.
+#pragma unroll 1
     for (int i = chunks * CHUNK + threadIdx.x * 16; i < segment; i += THREADS * 16) *reinterpret_cast<uint4*>(s.scores() + i) = make_uint4(0, 0, 0, 0);
 }

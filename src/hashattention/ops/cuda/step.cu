@@ -47,7 +47,7 @@ __device__ void score_newest(Shared& s, int offset, int base) {
     if (threadIdx.x) return;
     int sum = -base;
     for (int i = 0; i < PLANES * WORDS; i++) sum += __popc(s.planes[WORDS + i] & (s.newest()[i % WORDS] ^ s.planes[i % WORDS])) << i / WORDS;
-    int entry = max(0, min(255, sum));
+    int entry = max(0, min(BINS - 1, sum));
     s.scores()[offset] = entry;
     if (entry) s.counts[entry]++;
 }
@@ -55,8 +55,9 @@ __device__ void score_newest(Shared& s, int offset, int base) {
 
 __device__ Border select_row(cg::cluster_group& cluster, const Arguments& a, Shared& s, const Row& row, int first, int segment, int request, int head) {
     int rank = cluster.block_rank();
-    // A score is above the base in its entry, so that the best keep distinct entries; lower ones are counted again if they matter.
-    int base = max(-1, largest_score(s.planes) - 255);
+    // Entries tell 126 scores above the base apart: the best, or those from the middle up where there are many. The border may lie
+    // below them or among the ones that are all 127: then the base moves there.
+    int largest = largest_score(s.planes), base = max(-1, min(largest - 127, largest / 2));
     Row older = row;
     bool newest = MODE == 3 && a.key.x != nullptr && row.local_begin == row.stop && row.stop > row.sink_stop;
     if (newest) older.local_begin--;
@@ -82,8 +83,9 @@ __device__ Border select_row(cg::cluster_group& cluster, const Arguments& a, Sha
         cluster.sync();
         MARK(8);
         Border border = find_border(s, rank, row.heavy, base < 0, segment > 0xffff);
-        if (border.entry) return border;
-        base = max(-1, base - 254);
+        bool too_low = border.entry == BINS - 1 && base + BINS - 1 < largest;
+        if (border.entry && !too_low) return border;
+        base = too_low ? base + 126 : max(-1, base - 126);
     }
 }
 
@@ -122,12 +124,15 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         encode_query(cluster, a, s, request, head, early);
 #endif
         if constexpr (MODE != 3) {
-            if (MODE == 0) early();
-            if (threadIdx.x < (PLANES + 1) * WORDS) s.planes[threadIdx.x] = __ldcg(a.planes + row_id * (PLANES + 1) * WORDS + threadIdx.x);
+            early();
+            // The code comes from a launch that may still run.
+            if (MODE == 0) cudaGridDependencySynchronize();
+            if (MODE == 1 && threadIdx.x < 32) read_code(a.planes, row_id, s.planes);
+            if (MODE == 0 && threadIdx.x < (PLANES + 1) * WORDS) s.planes[threadIdx.x] = __ldcg(a.planes + row_id * (PLANES + 1) * WORDS + threadIdx.x);
             __syncthreads();
         }
         MARK(6);
-        Border border = {256, 0, 0, 0, 0};
+        Border border = {BINS, 0, 0, 0, 0};
         if (selects) border = select_row(cluster, a, s, row, first, segment, request, head);
         else if (MODE != 3) cluster.barrier_wait();
         MARK(9);
@@ -136,7 +141,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         length = max(0, min(per, count - rank * per));
         if (MODE == 1) {
             int* indices = a.indices + row_id * a.capacity;
-            if (selects) compact(s, border, first, segment, [&](int heavy, int token) { indices[sink + heavy] = token; });
+            if (selects) compact_row(s, border, first, segment, [&](int heavy, int token) { indices[sink + heavy] = token; });
             for (int i = rank * THREADS + threadIdx.x; i < a.capacity; i += BLOCKS * THREADS) {
                 if (i < sink) indices[i] = row.begin + i;
                 else if (i >= count) indices[i] = -1;
@@ -146,7 +151,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
             return;
         }
         float inverse = 1.0f / max(per, 1);
-        if (selects) compact(s, border, first, segment, [&](int heavy, int token) {
+        if (selects) compact_row(s, border, first, segment, [&](int heavy, int token) {
             // A float's quotient may be one off; a division would take ten times as long.
             int at = sink + heavy, block = int(at * inverse);
             block += (block + 1) * per <= at;
@@ -188,9 +193,11 @@ extern "C" int run(const Arguments* a, int heads, int batch, int shared, cudaStr
     cudaError_t error = allow(shared);
     if (error != cudaSuccess) return error;
     int signers = MODE == 3 && a->key.x ? (heads + BLOCKS - 1) / BLOCKS : 0;
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {BLOCKS, 1, 1};
-    cudaLaunchConfig_t config = {dim3(BLOCKS, heads + signers, batch), dim3(THREADS), size_t(shared), stream, &attribute, 1};
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {BLOCKS, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {dim3(BLOCKS, heads + signers, batch), dim3(THREADS), size_t(shared), stream, attributes, MODE == 0 ? 2u : 1u};
     return cudaLaunchKernelEx(&config, step, *a);
 }

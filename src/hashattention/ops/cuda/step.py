@@ -60,6 +60,7 @@ class Step(ctypes.Structure):
                 "page_shift",
                 "ratio",
                 "list_capacity",
+                "prefetch",
             )
         ),
         ("scale", FLOAT),
@@ -106,48 +107,66 @@ FULL = 128
 
 
 class Shape(NamedTuple):
-    """How rows are launched: threads of a block, blocks of a row, slots of a block's list, shared bytes of a block."""
+    """How rows are launched: threads of a block, blocks of a row, blocks that share a multiprocessor (the registers a
+    thread may take follow from it), slots of a block's list, shared bytes of a block.
+    """
 
     threads: int
     blocks: int
+    resident: int
     slots: int
     shared: int
 
 
-#: How many blocks of so many threads share a multiprocessor; selection alone takes fewer registers.
-RESIDENT = {512: 1, 256: 2}
-RESIDENT_SELECTING = {512: 1, 256: 3}
-#: Shared memory of a multiprocessor, and what each block takes beside its own.
-SHARED_BYTES, BLOCK_BYTES = 228 * 1024, 1024
 #: (threads, blocks a row), from few rows to many.
 SHAPES = ((256, 16), (256, 8), (256, 4), (256, 2), (256, 1))
+#: Blocks a row -> rows whose clusters find a multiprocessor for every block: a cluster lies in one of eight groups of
+#: 16 or 18 multiprocessors, less those that are switched off.
+ALONE = {16: 7, 8: 14, 4: 30, 2: 64, 1: 132}
+#: Multiprocessors, shared memory of one, and what each block takes of it beside its own.
+PROCESSORS, SHARED_BYTES, BLOCK_BYTES = 132, 228 * 1024, 1024
+#: Signatures asked for ahead: more would push each other out of the second-level cache.
+PREFETCH_BYTES = 20 << 20
 
 
-def residents(mode: int, threads: int) -> int:
-    """Blocks of `threads` threads that the registers of a multiprocessor hold."""
-    return (RESIDENT_SELECTING if mode == 1 else RESIDENT)[threads]
+def residents(mode: int, threads: int, blocks: int, rows: int) -> int:
+    """Blocks that share a multiprocessor; selection alone takes fewer registers."""
+    if threads > 256 or (mode != 1 and rows <= ALONE[blocks]):
+        return 1
+    return 3 if mode == 1 else 2
 
 
 def fit(
-    mode: int, threads: int, blocks: int, tokens: int, capacity: int, outputs: int, workspace: int = 0
+    mode: int, threads: int, blocks: int, rows: int, tokens: int, capacity: int, outputs: int, workspace: int = 0
 ) -> Shape | None:
-    """The shape for rows of `tokens` tokens of which `capacity` are taken, `outputs` numbers a row and `workspace`
-    floats for the encoding; None if a block's shared memory is too small. `Shared` of common.cuh.
+    """The shape for `rows` rows of `tokens` tokens of which `capacity` are taken, `outputs` numbers a row and
+    `workspace` floats for the encoding; None if a block's shared memory is too small. `Shared` of common.cuh.
     """
     segment = math.ceil(tokens / (blocks * 128)) * 128
     slots = math.ceil(capacity / blocks / 4) * 4
     parts = 0 if mode == 1 else threads // 32 * (outputs + 16) * 4
     rest = max(segment, parts, workspace * 4)
-    shared = blocks * (256 * 2 + 64) + 256 * 4 + 256 + outputs * 4 + slots * 4 + rest
-    fits = (shared + BLOCK_BYTES) * residents(mode, threads) <= SHARED_BYTES and segment <= 1 << 16
-    return Shape(threads, blocks, slots, shared) if fits else None
+    shared = blocks * (128 * 2 + 64) + 128 * 4 + 256 + outputs * 4 + slots * 4 + rest
+    resident = residents(mode, threads, blocks, rows)
+    fits = (shared + BLOCK_BYTES) * resident <= SHARED_BYTES and segment <= 1 << 16
+    return Shape(threads, blocks, resident, slots, shared) if fits else None
 
 
 def choose(mode: int, rows: int, tokens: int, capacity: int, outputs: int) -> Shape | None:
     """The fewest blocks a row that fill the chip; None if a row is too long for any."""
-    shapes = [shape for pair in SHAPES if (shape := fit(mode, *pair, tokens, capacity, outputs))]
+    shapes = [shape for pair in SHAPES if (shape := fit(mode, *pair, rows, tokens, capacity, outputs))]
     filling = [s for s in shapes if rows * s.blocks >= FULL]
     return filling[-1] if filling else shapes[0] if shapes else None
+
+
+def choose_fused(
+    heads: int, batch: int, tokens: int, capacity: int, outputs: int, hidden: tuple[int, int], bits: int, head_dim: int
+) -> Shape | None:
+    """The shape in which the step encodes by itself, whatever the number of rows; None if they are too long."""
+    threads, blocks = 512 if max(hidden) > 256 else 256, 8
+    workspace = _workspace(hidden, bits, threads, blocks, head_dim)
+    clusters = batch * (heads + math.ceil(heads / blocks))
+    return fit(3, threads, blocks, clusters, tokens, capacity, outputs, workspace)
 
 
 def encode_blocks(query_in: int, key_in: int, hidden: list[int], bits: int) -> int | None:
@@ -178,11 +197,11 @@ def encode(
     hidden = [w.shape[-1] for w in weights[:-1]]
     bits, query_in = weights[-1].shape[-1], weights[0].shape[1]
     key_in = new_key[1][0].shape[1] if new_key else 0
-    blocks = encode_blocks(query_in, key_in, hidden, bits)
+    blocks, tile = encode_blocks(query_in, key_in, hidden, bits), 16 if q.shape[0] <= 16 else 32
     library = load(
         "encode", QUERY_IN=query_in, KEY_IN=key_in, HIDDEN0=hidden[0], HIDDEN1=hidden[1] if len(hidden) > 1 else 0,
         LEVELS=levels, PLANES=planes_of(levels), WORDS=bits // 32, HALF=int(q.dtype == torch.float16),
-        THREADS=256, BLOCKS=blocks, HEAD_DIM=64, ROWS=1, PAGED=0, MODE=0, RESIDENT=1,
+        TILE=tile, THREADS=tile * 16, BLOCKS=blocks, HEAD_DIM=64, ROWS=1, PAGED=0, MODE=0, RESIDENT=1,
     )  # fmt: skip
     arguments = Encode(query=describe(q, weights, biases), planes=planes.data_ptr(), batch=q.shape[0])
     if new_key:
@@ -222,23 +241,20 @@ def launch(
     tensors: dict[str, Tensor | None],
     scale: float = 1.0,
     softcap: float = 0.0,
-    shape: tuple[int, int] | None = None,
+    shape: tuple[int, int] | Shape | None = None,
     hidden: tuple[int, int] = (0, 0),
     maps: tuple[Map, Map] | None = None,
 ) -> None:
     """Launch step.cu on named tensors; mode 0: the whole step, 1: select only, 2: attend only, 3: the whole step with
-    the encoding by `maps` of these `hidden` widths. `shape` forces (threads, blocks).
+    the encoding by `maps` of these `hidden` widths, in the `shape` of `choose_fused`. `shape` forces (threads, blocks).
     """
     q, k, v, signatures, table = (tensors.get(name) for name in ("q", "k", "v", "signatures", "table"))
     rows, held, taken = heads * batch, tokens if mode != 2 else 0, capacity if mode != 1 else 4
     outputs = 64 if q is None else q.shape[1] // heads * q.shape[-1]
-    if mode == 3:
-        shape = shape or (512 if max(hidden) > 256 else 256, 8)
-        chosen = fit(
-            mode, *shape, held, taken, outputs, workspace(hidden, bits, *shape, 0 if q is None else q.shape[-1])
-        )
+    if isinstance(shape, Shape):
+        chosen: Shape | None = shape
     else:
-        chosen = fit(mode, *shape, held, taken, outputs) if shape else choose(mode, rows, held, taken, outputs)
+        chosen = fit(mode, *shape, rows, held, taken, outputs) if shape else choose(mode, rows, held, taken, outputs)
     if chosen is None:
         raise BackendError(f"{tokens} tokens a row do not fit the shared memory of a cluster. Use backend='triton'.")
     library = load_step(mode, chosen, q, heads, bits, levels, table is not None, hidden if mode == 3 else (0, 0))
@@ -255,6 +271,8 @@ def launch(
     arguments.table_width = 0 if table is None else table.shape[1]
     arguments.tokens, arguments.capacity = tokens, capacity
     arguments.list_capacity, arguments.scale, arguments.softcap = chosen.slots, scale, softcap
+    running = min(rows * chosen.blocks, PROCESSORS * chosen.resident)
+    arguments.prefetch = PREFETCH_BYTES // (running * bits // 8) // 128 * 128
     if maps is not None:
         arguments.query, arguments.key = maps
     device = next(t for t in tensors.values() if t is not None).device
@@ -270,10 +288,10 @@ def load_step(
         "step", HEAD_DIM=64 if q is None else q.shape[-1], ROWS=1 if q is None else q.shape[1] // heads,
         WORDS=bits // 32, PLANES=planes_of(levels), LEVELS=levels, PAGED=int(paged),
         HALF=int(q is not None and q.dtype == torch.float16), HIDDEN0=hidden[0], HIDDEN1=hidden[1],
-        MODE=mode, THREADS=shape.threads, BLOCKS=shape.blocks, RESIDENT=residents(mode, shape.threads),
+        MODE=mode, THREADS=shape.threads, BLOCKS=shape.blocks, RESIDENT=shape.resident,
     )  # fmt: skip
 
 
-def workspace(hidden: tuple[int, int], bits: int, threads: int, blocks: int, head_dim: int) -> int:
+def _workspace(hidden: tuple[int, int], bits: int, threads: int, blocks: int, head_dim: int) -> int:
     """Floats of shared memory that encoding takes: a query's (`Workspace` of encode_one.cuh) or a key's."""
     return max(4096 + 128 + hidden[1] + blocks * bits, threads * 8 + head_dim + sum(hidden) + bits)
