@@ -56,6 +56,8 @@ SOURCES = (
 TEST_SOURCES = (
     Source("git-doc", "manual", "usr/share/doc/git/html/*.html", 1.0, ("RelNotes",)),
     Source("perl-doc", "code", "usr/share/perl/*/pod/*.pod", 1.0, ("delta",)),
+    # Another language: its English edition is trained on.
+    Source("debian-reference-de", "german", "usr/share/debian-reference/debian-reference.de.txt.gz", 1.0),
 )
 NOVEL_PACKAGE = "r-cran-janeaustenr"
 

@@ -14,15 +14,29 @@ PROBED = 1024
 def keep(scores: Tensor, target: Tensor, heavy: Tensor, shares: Sequence[float]) -> Tensor:
     """Share of `target` lost by selecting the best scores, per head ``[..., Hsel]``: mean over the budgets `shares`.
 
-    A token counts as selected by ``sigmoid(score - threshold)``, where the threshold (no gradient) leaves that share
-    of the candidates above it; it is read off every few tokens. Shapes as in `distill`.
+    A token counts as selected by ``sigmoid(score - threshold)``, where the threshold leaves that share of the
+    candidates above it; it is read off every few tokens, and moves with the scores near it, so that no score rises but
+    at the cost of others. Shapes as in `distill`.
     """
     thresholds = _thresholds(scores.detach(), heavy, shares)
     some = heavy.any(-1)
-    lost = [
-        ((torch.sigmoid(threshold - scores) * target).sum(-1) * some).mean(-1) for threshold in thresholds.unbind(-1)
-    ]
+    lost = []
+    for fixed in thresholds.unbind(-1):
+        left = torch.sigmoid(_moving(fixed, scores, heavy) - scores)
+        lost.append(((left * target).sum(-1) * some).mean(-1))
     return torch.stack(lost).mean(0)
+
+
+def _moving(threshold: Tensor, scores: Tensor, heavy: Tensor) -> Tensor:
+    """The threshold with the gradient that keeps the sum of ``sigmoid(score - threshold)`` as it is (an implicit
+    function of the scores).
+    """
+    with torch.no_grad():
+        chosen = torch.sigmoid(scores - threshold)
+        slope = chosen * (1 - chosen) * heavy
+        slope /= slope.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    moved = (slope * scores).sum(-1, keepdim=True)
+    return threshold + moved - moved.detach()
 
 
 def _thresholds(scores: Tensor, heavy: Tensor, shares: Sequence[float]) -> Tensor:
