@@ -10,6 +10,7 @@ from tests.train.bytes_model import tiny_recipe
 from hashattention.config import BaseModel, Budget, MapsConfig
 from hashattention.maps import HashMaps
 from hashattention.models.capture import Sample
+from hashattention.train import fit as fit_module
 from hashattention.train import metrics
 from hashattention.train.fit import draw, fit, layer_bytes
 from hashattention.train.recipe import Recipe
@@ -143,6 +144,19 @@ def test_sequences_of_several_lengths_are_one_course():
     for targets in (None, stored):
         maps = fit(store, BASE, recipe, None, device=CPU, targets=targets)
         assert all(tensor.isfinite().all() for tensor in maps.state_dict().values())
+
+
+def test_draws_are_planned_many_steps_at_once(monkeypatch, tmp_path):
+    """Planned anew in every step they took most of its time; a resumed course plans from where it stopped."""
+    planned = []
+    plan = fit_module._plan
+    monkeypatch.setattr(fit_module, "PLANNED", 4)
+    monkeypatch.setattr(
+        fit_module, "_plan", lambda recipe, steps, *rest: planned.append(steps) or plan(recipe, steps, *rest)
+    )
+    recipe = tiny_recipe(steps=10)
+    fit(samples(recipe), BASE, recipe, tmp_path, device=CPU)
+    assert planned == [range(4), range(4, 8), range(8, 10)]
 
 
 def test_every_epoch_sees_every_sequence_once():

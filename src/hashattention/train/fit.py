@@ -193,8 +193,9 @@ class Course:
         first = student.first
         lengths = [self.samples.read(index, first, first + 1).key.shape[2] for index in range(len(self.samples))]
         held = self.samples.read(0, first, first + 1).query.shape[2]
-        for step in range(done, recipe.steps):
-            if (step - done) % PLANNED == 0:
+        begun = done
+        for step in range(begun, recipe.steps):
+            if (step - begun) % PLANNED == 0:
                 plan = _plan(recipe, range(step, min(step + PLANNED, recipe.steps)), lengths, held, self.device)
             for turn in plan[step]:
                 self._learn(step, turn)

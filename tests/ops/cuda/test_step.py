@@ -168,6 +168,22 @@ def test_parts_by_name_are_the_reference(bits, levels, batch, pages):
     assert (out.float() - exact).norm() <= 2 * plain
 
 
+@pytest.mark.parametrize(("batch", "most"), [(1, 1), (4, 2), (40, 2)])
+def test_a_step_is_one_launch_or_two(batch, most):
+    """The newest key is a slice of the cache: copying it first would be a launch more."""
+    made = case(batch, 2048)
+    key_maps = maps(8, (128, 256, 256, 64), torch.bfloat16)
+    made["biases"], key_biases = ([b.float() for b in biases] for biases in (made["biases"], key_maps[1]))
+    new_key = made["k"][:, :, -1:], key_maps[0], key_biases
+    ops.decode(**made, new_key=new_key, backend="cuda")
+    kinds = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds) as profile:
+        ops.decode(**made, new_key=new_key, backend="cuda")
+        torch.cuda.synchronize()
+    launched = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert 1 <= len(launched) <= most, launched
+
+
 def test_empty_rows_give_zero():
     made = case(3, 1024)
     made["start"].copy_(made["end"])

@@ -127,6 +127,13 @@ def _refuse_signatures(tensor: Tensor, arguments: Mapping[str, Any]) -> str | No
     return None
 
 
+def _align(key: Tensor) -> Tensor:
+    """The same rows, copied only if their 16 bytes cannot be read where they are: a slice of a cache can."""
+    strides = key.stride()
+    aligned = strides[-1] == 1 and key.data_ptr() % 16 == 0 and not any(s % 8 for s in strides[:2])
+    return key if aligned else key.contiguous()
+
+
 def decode_step(
     q: Tensor,
     k: Tensor,
@@ -163,7 +170,7 @@ def decode_step(
         scale=scale, softcap=softcap,
     )  # fmt: skip
     if new_key:
-        new_key = new_key[0].contiguous(), *new_key[1:]
+        new_key = _align(new_key[0]), *new_key[1:]
     hidden = fuses(q, heads, weights, new_key[1] if new_key else None)
     x = q.view(batch, heads, 1, -1)
     if hidden and (heads * batch <= FEW_ROWS if fused is None else fused):

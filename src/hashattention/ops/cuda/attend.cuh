@@ -5,10 +5,9 @@
 // Tiles in flight a warp: where one block has a multiprocessor to itself, its registers hold two.
 constexpr int TILES = RESIDENT == 1 && THREADS <= 256 && HEAD_DIM <= 128 ? 2 : 1;
 // And each logit is two sums, so that fewer products wait for one another.
-#ifndef REREAD
-#define REREAD (RESIDENT > 1)
-#endif
 constexpr int SUMS = RESIDENT == 1 ? 2 : 1;
+// With several blocks a multiprocessor the query is read again from the first-level cache: no registers are left for it.
+constexpr bool REREAD = RESIDENT > 1;
 constexpr float LOG2E = 1.4426950408889634f;
 
 __device__ __forceinline__ uint4 load16(const void* p) {
@@ -55,7 +54,6 @@ __device__ __forceinline__ void attend(cg::cluster_group& cluster, const Argumen
         if (g < ROWS) asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(q + i * 64 + c * 16));
         return r;
     };
-    // Kept where there are registers for it, else read again from the first-level cache.
     uint4 query[CHUNKS];
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) query[i] = REREAD ? make_uint4(0, 0, 0, 0) : load_query(i);
