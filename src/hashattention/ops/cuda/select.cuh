@@ -133,6 +133,7 @@ __device__ __forceinline__ void compact(Shared& s, const Border& b, int first, i
     }
 }
 
+// Where a warp has one step's tokens at most, several steps would be code that does nothing.
 template <typename Emit>
 __device__ __forceinline__ void compact_row(Shared& s, const Border& b, int first, int segment, Emit emit) {
     if (segment <= 512 * WARPS) compact<1>(s, b, first, segment, emit);
