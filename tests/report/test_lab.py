@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import pytest
+
+from hashattention.errors import MissingDependencyError
 from hashattention.report import lab
 
 
@@ -40,3 +43,9 @@ def test_the_page_draws_the_best_beside_the_references(tmp_path):
 
 def test_one_size_has_no_chart_of_sizes():
     assert lab.by_bits([row for row in rows() if row.get("bits_per_kv_head") != 32]) == ""
+
+
+def test_what_draws_it_is_asked_for_before_a_study_begins(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"altair and vl_convert.*hashattention\[report\]"):
+        lab.check_dependencies()

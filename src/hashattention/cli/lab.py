@@ -32,6 +32,7 @@ def lab(
     from hashattention.train.lab import Lab, read_rows
     from hashattention.train.sweep import Sweep
 
+    shown.check_dependencies()
     study = Sweep.from_toml(sweep)
     if draw:
         rows = read_rows(out)

@@ -7,21 +7,24 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hashattention.report.svg import Axis, Line, chart
+from hashattention.report.lab_plots import Line, chart
+from hashattention.report.leaderboard_plots import DARK, LIGHT
+from hashattention.report.page import check_packages
 
 #: Rows of selections that no variant changes, and what they are called.
 REFERENCES = {
     "exact_per_head": "exact, per query head",
     "exact_shared": "exact, shared",
     "quest": "Quest, pages of 16",
-    "hyperplanes_128": "random hyperplanes, 128 bits",
+    "hyperplanes_128": "hyperplanes, 128 bits",
 }
 #: Variants drawn in one chart: the best ones.
 DRAWN = 4
 
-_STYLE = """
-:root { --ground: #fcfcfa; --ink: #1f2426; --quiet: #667074; --line: #e3e5e2; }
-@media (prefers-color-scheme: dark) { :root { --ground: #14181a; --ink: #dfe4e4; --quiet: #939da0; --line: #2d3437; } }
+_COLOURS, _DARK = (";".join(f"--{name}:{value}" for name, value in theme.items()) for theme in (LIGHT, DARK))
+_STYLE = (
+    f":root {{{_COLOURS}}} @media (prefers-color-scheme: dark) {{ :root {{{_DARK}}} }}"
+    + """
 body { margin: 0 auto; padding: 2rem 1.4rem; max-width: 62rem; background: var(--ground); color: var(--ink);
   font: 16px/1.6 system-ui, sans-serif; }
 p, caption { color: var(--quiet); } .scroll { overflow-x: auto; } svg { max-width: 46rem; font-size: 12px; }
@@ -29,6 +32,12 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 td, th { padding: .3rem .8rem; text-align: right; border-top: 1px solid var(--line); }
 td:first-child { text-align: left; }
 """
+)
+
+
+def check_dependencies() -> None:
+    """Raise `MissingDependencyError` unless the packages that draw the page are installed."""
+    check_packages("altair", "vl_convert")
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -84,8 +93,7 @@ def by_density(rows: Sequence[dict[str, Any]]) -> str:
         if "score" not in row:
             lines += [Line(REFERENCES[name], _errors(row, name), True) for name in REFERENCES]
     budgets = rows[0]["budgets"]
-    marks = tuple((budget["heavy"], _share(budget["heavy"])) for budget in budgets)
-    return chart(lines, Axis("heavy share of the context", marks), "output error against density")
+    return chart(lines, "heavy share of the context", [budget["heavy"] for budget in budgets])
 
 
 def by_bits(rows: Sequence[dict[str, Any]]) -> str:
@@ -102,8 +110,7 @@ def by_bits(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(Line(f"hash, {_share(budget['heavy'])}", points))
         exact = [_error(row, place, "exact_shared") for row in rows if "score" not in row]
         lines += [Line(f"exact, {_share(budget['heavy'])}", ((sizes[0], y), (sizes[-1], y)), True) for y in exact]
-    marks = tuple((size, str(size)) for size in sizes)
-    return chart(lines, Axis("bits per KV head", marks), "output error against bits")
+    return chart(lines, "bits per KV head", sizes)
 
 
 def _errors(row: dict[str, Any], name: str) -> tuple[tuple[float, float], ...]:
