@@ -47,7 +47,7 @@ def test_a_study_gives_rows_and_a_page_and_goes_on(invoke, last_json, tiny_model
     assert [row["variant"] for row in rows] == ["references", "maps.bits 32", "maps.bits 64"]
     assert "maps.bits 64" in done.stderr and "Quest" in done.stderr
     page = (out / "lab.html").read_text()
-    assert page.count("<svg") == 2 and "random hyperplanes" in page and "http" not in page
+    assert page.count("<svg") == 2 and "hyperplanes, 128 bits" in page and "http" not in page
     written = (out / "rows.jsonl").read_text()
     assert invoke(*words).exit_code == 0
     assert (out / "rows.jsonl").read_text() == written
