@@ -156,7 +156,7 @@ def test_from_mapping_names_the_nearest_key() -> None:
 
 
 def test_from_mapping_lists_the_keys_when_none_is_near() -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'zzz'; known keys: density, heavy, local, sink\."):
+    with pytest.raises(ConfigError, match=r"unknown key 'zzz'; known keys: density, heavy, local, sink, threshold, top_p\."):
         from_mapping(Budget, {"zzz": 1}, "budget")
 
 

@@ -51,13 +51,14 @@ class SparseAttention:
         for name in ("min_context", "sparse_tail"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be >= 0 tokens; given {getattr(self, name)}.")
+        self.selector.check_budget(self.budget)
 
     def sparse_positions(self, layer: int, queries: int, tokens: int) -> int:
         """How many of the last query positions of this call are sparse; 0 where the layer, the context or the budget
         says dense.
         """
         unserved = self.selector.layers is not None and layer not in self.selector.layers
-        covered = self.budget.capacity(tokens) >= tokens
+        covered = self.budget.capacity(tokens) >= tokens and not self.budget.estimated
         if unserved or covered or layer in self.dense_layers or tokens < self.min_context:
             return 0
         return 1 if queries == 1 else min(self.sparse_tail, queries)

@@ -65,6 +65,11 @@ class Budget:
         Heavy tokens: a count >= 0, or a fraction of the causal tokens in (0, 1].
     sink, local : int
         First and most recent tokens, in tokens, always attended.
+    top_p : float, optional
+        A share of the heavy candidates' estimated attention, in (0, 1]: a row takes only as many heavy tokens as its
+        scores say are needed to hold it. `density` or `heavy` stays the most it takes.
+    threshold : float, optional
+        Heavy tokens below this estimated share of the candidates' attention, in (0, 1], are not taken.
 
     Examples
     --------
@@ -80,6 +85,8 @@ class Budget:
     heavy: int | float | None = None
     sink: int = 16
     local: int = 64
+    top_p: float | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         _require(
@@ -103,6 +110,18 @@ class Budget:
             _require(0 < self.heavy <= 1, f"heavy as a fraction must be in (0.0, 1.0]; given {self.heavy!r}.")
         elif self.heavy is not None:
             _require(self.heavy >= 0, f"heavy as a count must be >= 0 tokens; given {self.heavy!r}.")
+        for name, what in (
+            ("top_p", "share of the estimated attention to hold"),
+            ("threshold", "least share a token has"),
+        ):
+            value = getattr(self, name)
+            fits = value is None or (isinstance(value, int | float) and 0 < value <= 1)
+            _require(fits, f"{name} must be in (0, 1], the {what}; given {value!r}.")
+
+    @property
+    def estimated(self) -> bool:
+        """Whether a row may take fewer heavy tokens than it may have, by an estimate of their attention."""
+        return self.threshold is not None or (self.top_p is not None and self.top_p < 1)
 
     def counts(self, length: int) -> tuple[int, int, int]:
         """Sink, local and heavy tokens for one query with `length` causal tokens (its own included)."""

@@ -62,11 +62,15 @@ class LayerMaps:
         """Query codes of queries ``[B, Hq, T, D]``: int8 ``[B, Hc, T, bits]`` (asymmetric) or int32
         ``[B, Hc, T, W]``.
         """
+        return self.scale_queries(query, backend=backend)[0]
+
+    def scale_queries(self, query: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """`code_queries`, and what a unit of each code is worth in logits: float32 ``[B, Hc, T]``, 1 for bits."""
         x = ops.group_queries(query, self.query_weights[0].shape[0])
         stages = self.query_weights, self.query_biases
         if self.config.score == "symmetric":
-            return ops.encode_signature(x, *stages, backend=backend)
-        return ops.encode_query(x, *stages, self.config.levels, backend=backend)[0]
+            return ops.encode_signature(x, *stages, backend=backend), x.new_ones(x.shape[:3], dtype=torch.float32)
+        return ops.encode_query(x, *stages, self.config.levels, backend=backend)
 
 
 class HashMaps(nn.Module):
@@ -83,6 +87,9 @@ class HashMaps(nn.Module):
     shares : tuple of tuple of float, optional
         For each layer and index set, the multiple of the heavy budget that it is served with, so that a mean budget
         goes where it is needed (`train.budgets`); by default all have the same.
+    temperatures : tuple of tuple of float, optional
+        For each layer and index set, what a score is multiplied with so that its softmax is closest to the attention
+        (`train.temperatures`); budgets with a `top_p` or `threshold` need them.
 
     Examples
     --------
@@ -98,10 +105,13 @@ class HashMaps(nn.Module):
         model: BaseModel,
         training: dict[str, Any] | None = None,
         shares: tuple[tuple[float, ...], ...] | None = None,
+        temperatures: tuple[tuple[float, ...], ...] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.model, self.training_info = config, model, dict(training or {})
-        self.shares = None if shares is None else check_shares(shares, len(model.layers), config.selection_heads(model))
+        size = len(model.layers), config.selection_heads(model)
+        self.shares = None if shares is None else check_shares(shares, *size)
+        self.temperatures = None if temperatures is None else check_temperatures(temperatures, *size)
         group = model.group_size if config.query_input == "group" else 1
         query = group * model.head_dim, *config.hidden_of_queries, config.bits
         self.query = Mlp(len(model.layers), config.code_heads(model), query)
@@ -147,6 +157,8 @@ class HashMaps(nn.Module):
         }
         if self.shares is not None:
             config["shares"] = self.shares
+        if self.temperatures is not None:
+            config["temperatures"] = self.temperatures
         artifact.write(folder, config, artifact.pack(self.state_dict(), dtype))
 
     @classmethod
@@ -165,7 +177,7 @@ class HashMaps(nn.Module):
         where = str(folder / artifact.CONFIG_FILE)
         base = from_mapping(BaseModel, config.get("base_model", {}), f"{where}: base_model")
         kind = from_mapping(MapsConfig, config.get("maps", {}), f"{where}: maps")
-        maps = cls(kind, base, config.get("training"), config.get("shares"))
+        maps = cls(kind, base, config.get("training"), config.get("shares"), config.get("temperatures"))
         maps._load_tensors(tensors, str(folder / artifact.WEIGHTS_FILE))
         if model is not None:
             maps.check_model(model)
@@ -191,16 +203,36 @@ def check_shares(shares: Any, layers: int, selection_heads: int) -> tuple[tuple[
     ConfigError
         For another number of them, or one that is not a finite number of at least 0.
     """
-    try:
-        found = tuple(tuple(float(share) for share in row) for row in shares)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"shares must be a list of numbers for each layer; {error}.") from error
-    if len(found) != layers or any(len(row) != selection_heads for row in found):
-        sizes = sorted({len(row) for row in found})
-        raise ConfigError(
-            f"shares must hold {layers} layers of {selection_heads} numbers; given {len(found)} layers of {sizes}."
-        )
+    found = _table("shares", shares, layers, selection_heads)
     bad = [share for row in found for share in row if not 0 <= share < float("inf")]
     if bad:
         raise ConfigError(f"shares must be finite and at least 0 (1: the mean budget); given {bad[0]!r}.")
+    return found
+
+
+def check_temperatures(temperatures: Any, layers: int, selection_heads: int) -> tuple[tuple[float, ...], ...]:
+    """Temperatures of the scores as floats, one a layer and index set.
+
+    Raises
+    ------
+    ConfigError
+        For another number of them, or one that is not a finite number above 0.
+    """
+    found = _table("temperatures", temperatures, layers, selection_heads)
+    bad = [one for row in found for one in row if not 0 < one < float("inf")]
+    if bad:
+        raise ConfigError(f"temperatures must be finite and above 0; given {bad[0]!r}. Train the maps again.")
+    return found
+
+
+def _table(name: str, given: Any, layers: int, selection_heads: int) -> tuple[tuple[float, ...], ...]:
+    try:
+        found = tuple(tuple(float(one) for one in row) for row in given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} must be a list of numbers for each layer; {error}.") from error
+    if len(found) != layers or any(len(row) != selection_heads for row in found):
+        sizes = sorted({len(row) for row in found})
+        raise ConfigError(
+            f"{name} must hold {layers} layers of {selection_heads} numbers; given {len(found)} layers of {sizes}."
+        )
     return found

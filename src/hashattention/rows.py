@@ -34,6 +34,11 @@ class Rows:
     def candidates(self, tokens: int) -> Tensor:
         """The valid tokens that are neither sink nor local, bool ``[B, Hsel, tokens]``: heavy is chosen from these."""
         valid = self.valid(tokens)[:, None]
+        if self.mask is None:
+            position, bounds = torch.arange(tokens, device=self.start.device), (self.start, self.end)
+            first, last = (bound[:, None, None] for bound in bounds)
+            sink, local = self.budgets[..., :1], self.budgets[..., 1:2]
+            return valid & (position >= first + sink) & (position < last - local)
         before = valid.cumsum(-1) - 1
         after = valid.sum(-1, keepdim=True) - 1 - before
         return valid & (before >= self.budgets[..., :1]) & (after >= self.budgets[..., 1:2])

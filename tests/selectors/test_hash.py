@@ -9,12 +9,13 @@ from hashattention import ops
 from hashattention.attention import SparseAttention
 from hashattention.cache import TokenCache
 from hashattention.config import BaseModel, Budget, MapsConfig
-from hashattention.errors import BackendError
+from hashattention.errors import BackendError, ConfigError
 from hashattention.maps import HashMaps
 from hashattention.ops import reference
 from hashattention.rows import Extent
 from hashattention.selectors.base import Step
 from hashattention.selectors.hash import HashSelector
+from hashattention.selectors.oracle import OracleSelector
 
 MODEL = BaseModel("LlamaForCausalLM", 2, 4, 2, 16, (0, 1), "{}")
 
@@ -261,3 +262,116 @@ def test_on_a_gpu_every_step_is_one_op(monkeypatch, padding):
     )
     same = reference.unpack_bits(signatures[:, :, 4096:4165]) == reference.unpack_bits(wanted)
     assert same.float().mean() > 0.999
+
+
+TEMPERATURES = ((0.4, 1.5), (0.02, 3.0))
+
+
+def heated(config=CONFIGS["group code"]):
+    torch.manual_seed(0)
+    heads = config.selection_heads(MODEL)
+    return HashMaps(config, MODEL, None, None, tuple(row * (heads // 2) for row in TEMPERATURES))
+
+
+def padded(kind, batch=3, tokens=60):
+    """A mask of ragged requests, one of them with few candidates."""
+    mask = torch.ones(batch, tokens, dtype=torch.bool)
+    if kind == "left":
+        mask[0, :50] = mask[1, :7] = False
+    if kind == "right":
+        mask[0, 3:] = mask[2, 40:] = False
+    if kind == "holes":
+        mask[0, 4:55:2] = mask[1] = False
+    return mask
+
+
+@pytest.mark.parametrize("p", [0.3, 0.8, 0.97])
+@pytest.mark.parametrize("kind", ["none", "left", "right", "holes"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_top_p_takes_the_fewest_that_hold_the_share_and_never_more_than_the_budget(config, kind, p):
+    maps, key, mask = heated(config), torch.randn(3, 2, 60, 16) * 2, padded(kind)
+    extent = Extent.from_mask(mask)
+    for layer in (0, 1):
+        # What lies in the padding is never looked at.
+        one = step(torch.where(mask[:, None, :, None], key, torch.nan), TokenCache(), extent, layer)
+        one = dataclasses.replace(one, budget=Budget(heavy=20, sink=1, local=2, top_p=p))
+        chosen = HashSelector(maps).select(one)
+        own, heads = maps.layer(layer), config.selection_heads(MODEL)
+        code, scale = own.scale_queries(one.query)
+        scores = ops.score(code, own.sign_keys(key), heads)
+        for request, head in [(b, h) for b in range(3) for h in range(heads)]:
+            tokens = mask[request].nonzero().flatten().tolist()
+            sink, local, most = one.budget.counts(len(tokens))
+            free = tokens[sink : len(tokens) - local]
+            ranked = sorted(free, key=lambda token: (int(scores[request, head, token]), token), reverse=True)
+            unit = scale[request].view(heads, -1).mean(1)[head].double() * maps.temperatures[layer][head]
+            held = (scores[request, head, ranked] * unit).softmax(0).cumsum(0)
+            needed = min(most, int((held < p - 1e-9).sum()) + 1 if free else 0)
+            wanted = sorted(tokens[:sink] + ranked[:needed] + tokens[len(tokens) - local :])
+            assert chosen.indices[request, head, : int(chosen.counts[request, head])].tolist() == wanted
+    assert chosen.indices.shape[2] == 23
+
+
+def test_top_p_saves_tokens_and_rows_differ():
+    maps, key = heated(), torch.randn(4, 2, 300, 16) * 3
+    one = dataclasses.replace(step(key, TokenCache()), budget=Budget(heavy=200, sink=1, local=2, top_p=0.6))
+    counts = HashSelector(maps).select(one).counts
+    assert (counts < 203).all() and len(counts.unique()) > 2
+    fewer = dataclasses.replace(one, budget=Budget(heavy=200, sink=1, local=2, threshold=0.02))
+    assert (HashSelector(maps).select(fewer).counts < 53).all()
+
+
+def test_top_p_of_one_is_the_budget_alone():
+    selector, key = HashSelector(HashMaps(CONFIGS["group code"], MODEL)), torch.randn(2, 2, 40, 16)
+    one = step(key, TokenCache())
+    full = dataclasses.replace(one, budget=dataclasses.replace(one.budget, top_p=1.0))
+    assert torch.equal(selector.select(one).indices, selector.select(full).indices)
+    assert torch.equal(selector.attend(one), selector.attend(full))
+
+
+def test_the_option_is_the_budgets_top_p():
+    maps, key = heated(), torch.randn(2, 2, 90, 16)
+    one = dataclasses.replace(step(key, TokenCache()), budget=Budget(heavy=50, sink=1, local=2))
+    asked = dataclasses.replace(one, budget=Budget(heavy=50, sink=1, local=2, top_p=0.7))
+    chosen, wanted = HashSelector(maps, top_p=0.7).select(one), HashSelector(maps).select(asked)
+    assert torch.equal(chosen.indices, wanted.indices) and (wanted.counts < 53).any()
+
+
+def test_top_p_through_a_whole_history_is_the_parts():
+    """The step that would be fused goes by its parts, and signs every key once."""
+    maps, batch = heated(), 2
+    budget = Budget(density=0.5, sink=1, local=2, top_p=0.7)
+    seen = []
+    fused = SparseAttention(HashSelector(maps), budget, min_context=8)
+    parts = dataclasses.replace(fused, observer=lambda *given: seen.append(given[1].counts))
+    sides, keys = (TokenCache(), TokenCache()), torch.randn(batch, 2, 20, 16)
+    for _ in range(5):
+        keys = torch.cat([keys, torch.randn(batch, 2, 1, 16)], 2)
+        query = torch.randn(batch, 4, 1, 16)
+        given = {"extent": Extent.full(batch, keys.shape[2], query.device), "scale": 0.25, "softcap": 0.0}
+        outs = [
+            served.attend(0, query, keys, keys, side=side, dense=lambda: pytest.fail("dense"), **given)
+            for served, side in zip((fused, parts), sides, strict=True)
+        ]
+        assert torch.equal(*outs)
+    assert torch.stack(seen).max() <= 12 and torch.stack(seen).min() < 11
+
+
+def test_a_covering_budget_is_dense_unless_top_p_may_take_less():
+    selector = HashSelector(heated())
+    covering = [Budget(density=1.0), Budget(density=1.0, top_p=1.0), Budget(density=1.0, top_p=0.9)]
+    served = [SparseAttention(selector, budget).sparse_positions(0, 1, 5000) for budget in covering]
+    assert served == [0, 0, 1]
+
+
+@pytest.mark.parametrize("given", [{"top_p": 0.9}, {"threshold": 0.01}])
+def test_without_temperatures_the_option_says_what_to_do(given):
+    maps, budget = HashMaps(CONFIGS["group code"], MODEL), Budget(density=0.1, **given)
+    with pytest.raises(ConfigError, match=r"these maps have none: train .*temperatures\.calibrate"):
+        SparseAttention(HashSelector(maps), budget)
+    with pytest.raises(ConfigError, match="these maps have none"):
+        HashSelector(maps).select(dataclasses.replace(step(torch.randn(1, 2, 20, 16), TokenCache()), budget=budget))
+    with pytest.raises(ConfigError, match="these maps have none"):
+        HashSelector(maps, top_p=0.5)
+    with pytest.raises(ConfigError, match="takes no top_p or threshold"):
+        SparseAttention(OracleSelector(), budget)

@@ -11,6 +11,7 @@ from torch import Tensor
 from hashattention import ops
 from hashattention.cache import TokenCache
 from hashattention.config import BaseModel, Budget, SelectionShare
+from hashattention.errors import ConfigError
 from hashattention.rows import Extent, Rows
 from hashattention.selectors.selection import Selection
 
@@ -97,6 +98,15 @@ class Selector(ABC):
     @abstractmethod
     def auxiliary_bits(self, head_dim: int) -> float:
         """Bits kept beside K and V per token and KV head, as the method really reads them."""
+
+    def check_budget(self, budget: Budget) -> None:
+        """Raise `ConfigError` unless the method can keep to `budget`: most estimate no share of the attention."""
+        if budget.estimated:
+            raise ConfigError(
+                f"{type(self).__name__} takes no top_p or threshold (given {budget.top_p}, {budget.threshold}): its "
+                "scores estimate no share of the attention. Leave them out, or serve trained maps; the method 'top_p' "
+                "is the exact one."
+            )
 
     def refuse(self, model: BaseModel) -> str | None:
         """Why the method cannot run on `model`; None if it can."""

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from hashattention import ops
+from hashattention.config import Budget
+from hashattention.errors import ConfigError
 from hashattention.maps import HashMaps, LayerMaps
 from hashattention.rows import Rows, Shares
 from hashattention.selectors.base import Selection, Selector, Step
+from hashattention.selectors.mass import count_needed, histogram, largest_score, levels, pool_scale
 
 
 class HashSelector(Selector):
@@ -22,30 +25,55 @@ class HashSelector(Selector):
         Trained maps; their configuration says how codes are scored and shared.
     backend : str
         Kernel backend, ``"auto"`` or a name.
+    top_p : float, optional
+        In place of a budget's `top_p` (a budget that covers the context is dense attention all the same).
+
+    Raises
+    ------
+    ConfigError
+        For a `top_p` out of range, or given maps without temperatures.
     """
 
-    def __init__(self, maps: HashMaps, backend: str = "auto") -> None:
-        self.maps, self.backend = maps, backend
+    def __init__(self, maps: HashMaps, backend: str = "auto", top_p: float | None = None) -> None:
+        self.maps, self.backend, self.top_p = maps, backend, top_p
+        if top_p is not None:
+            self.check_budget(Budget(density=1.0, top_p=top_p))
         self.share = maps.config.selection_share
         self.layers = maps.model.layers
         self._ready: dict[int, LayerMaps] = {}
         self._shares: Shares | None = None
+        self._temperatures: Tensor | None = None
 
     def select(self, step: Step) -> Selection:
         """Sign the new keys, encode the query, score all signatures, select."""
         signatures = self._sign(step, step.extent.tokens)
-        rows = self._rows(step)
+        rows, budget = self._rows(step), self._budget(step)
+        if budget.estimated:
+            return self._select_needed(step, signatures, rows, budget)
         code = self._layer(step).code_queries(step.query, backend=self.backend)
         bounds = rows.start, rows.end, rows.budgets, rows.capacity
         levels = self.maps.config.levels
         chosen = ops.score_select(code, signatures, *bounds, mask=rows.mask, levels=levels, backend=self.backend)
         return Selection(*chosen)
 
+    def _select_needed(self, step: Step, signatures: Tensor, rows: Rows, budget: Budget) -> Selection:
+        """`select`, each row's heavy tokens counted by the attention that its scores promise."""
+        config, model, tokens = self.maps.config, self.maps.model, step.extent.tokens
+        code, scale = self._layer(step).scale_queries(step.query, backend=self.backend)
+        heads, largest = rows.budgets.shape[1], largest_score(config, model)
+        scores = ops.score(code, signatures, heads, backend=self.backend)[..., :tokens]
+        counts = histogram(scores, rows.candidates(tokens), largest)
+        logits = levels(largest, pool_scale(scale, heads)[..., 0] * self._temperature(step))
+        rows = rows.limit_heavy(count_needed(counts, logits, top_p=budget.top_p, threshold=budget.threshold))
+        bounds = rows.start, rows.end, rows.budgets, rows.capacity
+        return Selection(*ops.select(scores, *bounds, mask=rows.mask, backend=self.backend))
+
     def attend(self, step: Step) -> Tensor:
         """The whole step in one op, which signs the newest key on its way."""
         tokens, side = step.extent.tokens, step.side
-        if tokens < max(2, step.key.shape[2]):
-            # An earlier position of a prompt: the keys behind it are there already and are signed with it.
+        if tokens < max(2, step.key.shape[2]) or self._budget(step).estimated:
+            # An earlier position of a prompt: the keys behind it are there already and are signed with it. Or its
+            # budgets depend on the scores.
             return super().attend(step)
         self._sign(step, tokens - 1)
         layer = self._layer(step)
@@ -70,6 +98,25 @@ class HashSelector(Selector):
             self._shares = Shares.of(self.maps.shares, step.key.device)
         rows = step.extent.rows_of_layer(step.budget, self._shares, self.maps.model.layers.index(step.layer))
         return step.limit(rows)
+
+    def _budget(self, step: Step) -> Budget:
+        return step.budget if self.top_p is None else dataclasses.replace(step.budget, top_p=self.top_p)
+
+    def _temperature(self, step: Step) -> Tensor:
+        """The layer's temperatures, float64 ``[Hsel]``."""
+        if self._temperatures is None or self._temperatures.device != step.key.device:
+            self.check_budget(self._budget(step))
+            self._temperatures = torch.tensor(self.maps.temperatures, dtype=torch.float64, device=step.key.device)
+        return self._temperatures[self.maps.model.layers.index(step.layer)]
+
+    def check_budget(self, budget: Budget) -> None:
+        """Raise `ConfigError` for a `top_p` or `threshold` that the maps have no temperatures for."""
+        if budget.estimated and self.maps.temperatures is None:
+            raise ConfigError(
+                f"top_p={budget.top_p}, threshold={budget.threshold} need temperatures, and these maps have none: "
+                "train them again with this release, or fit these alone (hashattention.train.temperatures.calibrate), "
+                "or leave top_p and threshold out."
+            )
 
     def _sign(self, step: Step, tokens: int) -> Tensor:
         """The signatures of the first `tokens` tokens, the new ones' made now."""

@@ -16,7 +16,7 @@ from hashattention import provenance
 from hashattention.config import BaseModel, Budget
 from hashattention.maps import HashMaps
 from hashattention.models.packaged import Progress
-from hashattention.train import budgets, metrics, shards
+from hashattention.train import budgets, metrics, shards, temperatures
 from hashattention.train.fit import fit
 from hashattention.train.ranks import Ranks
 from hashattention.train.recipe import Recipe
@@ -133,8 +133,9 @@ def train(
         at = whole.layers.index(base.layers[0])
         maps.shares = shares[at : at + len(base.layers)]
     measured = measure(captured, base, maps, recipe, where, progress)
+    fitted = fit_temperatures(captured, base, maps, recipe, where, ranks)
     maps = ranks.join_maps(maps, recipe, whole)
-    maps.shares = shares
+    maps.shares, maps.temperatures = shares, fitted
     report: dict[str, Any] = {
         "recipe": recipe.as_dict(),
         "metrics": metrics.summarise(ranks.join_tables(measured), _budgets(recipe), whole) if measured else {},
@@ -185,6 +186,15 @@ def share_budgets(
     budget = Budget(heavy=float(recipe.fit_budgets), sink=recipe.sink, local=recipe.local)
     errors = ranks.join_tables(budgets.curves(half, base, maps, budget, device))["hash"][..., 0]
     return budgets.as_shares(budgets.allocate(errors), recipe.maps.selection_heads(base))
+
+
+def fit_temperatures(
+    captured: Captured, base: BaseModel, maps: HashMaps, recipe: Recipe, device: torch.device, ranks: Ranks
+) -> tuple[tuple[float, ...], ...]:
+    """Temperatures of the scores on held-out sequences; without any, on the first training ones."""
+    samples = captured.held_out if len(captured.held_out) else Part(captured.train, 0, min(4, len(captured.train)))
+    table = temperatures.fit(samples, base, maps, sink=recipe.sink, local=recipe.local, device=device)
+    return temperatures.as_temperatures(ranks.join_tables({"all": table[None]})["all"][0])
 
 
 def measure(
