@@ -8,6 +8,7 @@ import pytest
 
 from hashattention.cli.generate import traffic
 from hashattention.config import BaseModel, Budget, MapsConfig
+from hashattention.maps import HashMaps
 
 BASE = BaseModel("LlamaForCausalLM", 4, 8, 2, 64, (0, 1, 3), "{}")
 FEW = ("--max-new-tokens", 4, "--min-context", 0)
@@ -146,3 +147,31 @@ def test_traffic_counts_dense_layers_densely() -> None:
     paper = traffic(BASE, MapsConfig.paper(), Budget(density=0.25), 1000, 2)
     assert paper["kv_bytes_per_token"] == dense["kv_bytes_per_token"]
     assert paper["signature_bytes_per_token"] == 3 * 1000 * 8 * 4
+
+
+def warm(folder, out):
+    """The same maps, with temperatures that make few tokens hold most of the estimated attention."""
+    maps = HashMaps.from_pretrained(folder)
+    heads = maps.config.selection_heads(maps.model)
+    maps.temperatures = ((30.0,) * heads,) * len(maps.model.layers)
+    maps.save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_top_p_shows_what_was_attended(
+    invoke, last_json, tmp_path, tiny_model_folder, tiny_maps_folder, prompt_file, both: bool
+) -> None:
+    words = "generate", tiny_model_folder, "--maps", warm(tiny_maps_folder, tmp_path / "maps"), *FEW, "--json"
+    words = *words, "--prompt-file", prompt_file, "--density", 0.6, *(["--compare"] if both else [])
+    found = [last_json(invoke(*words, *more)) for more in ([], ["--top-p", 0.9])]
+    capped, fewer = [row["hash"] if both else row for row in found]
+    assert capped["attended"] == int(0.6 * 284) > fewer["attended"] > 80
+    assert capped["density"] == capped["attended"] / 284
+    assert fewer["density"] == pytest.approx(fewer["attended"] / 282, abs=0.005)
+    assert fewer["kv_bytes_per_token"] < capped["kv_bytes_per_token"]
+
+
+def test_top_p_without_temperatures_is_refused(refused, tiny_model_folder, tiny_maps_folder, prompt_file) -> None:
+    words = "generate", tiny_model_folder, "--maps", tiny_maps_folder, "--prompt-file", prompt_file, "--top-p", 0.9
+    assert "these maps have none" in refused(*words)

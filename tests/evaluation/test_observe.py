@@ -6,7 +6,7 @@ import torch
 from hashattention import ops
 from hashattention.cache import TokenCache
 from hashattention.config import Budget
-from hashattention.evaluation.observe import Recorder, dense_weights
+from hashattention.evaluation.observe import Recorder, Tally, dense_weights
 from hashattention.rows import Extent
 from hashattention.selectors.base import Selection, Step
 from hashattention.selectors.oracle import OracleSelector
@@ -115,3 +115,15 @@ def test_means_are_by_layer_in_order() -> None:
         recorder(step, selection, attended(step, selection))
     assert recorder.mean("attended") == {1: 2, 4: 5}
     assert list(recorder.mean("mass")) == [1, 4]
+
+
+def test_a_tally_counts_what_was_selected() -> None:
+    tally = Tally()
+    assert tally.means() == (0, 0)
+    for heavy in (2, 8):
+        step = a_step(Budget(heavy=heavy, sink=0, local=0))
+        selection = OracleSelector().select(step)
+        tally(step, selection, attended(step, selection))
+    lengths = step.extent.lengths().double()
+    assert tally.steps == 2
+    assert tally.means() == pytest.approx((5, float((5 / lengths).mean())))

@@ -14,6 +14,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
+    from hashattention.attention import Observer
     from hashattention.config import Budget
     from hashattention.maps import HashMaps
 
@@ -39,7 +40,13 @@ class Continuation:
 
 
 def compare(
-    loaded: Any, maps: HashMaps, budget: Budget, min_context: int, ids: torch.Tensor, new_tokens: int
+    loaded: Any,
+    maps: HashMaps,
+    budget: Budget,
+    min_context: int,
+    ids: torch.Tensor,
+    new_tokens: int,
+    observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Continue `ids` int64 ``[1, T]`` by `new_tokens` tokens both ways; the first of them is the prefill's.
 
@@ -59,7 +66,7 @@ def compare(
             # The first step alone: it is not counted, and it settles what later ones find in place.
             count = min(TURN, new_tokens - 1 - done) if done else 1
             ways["dense"].decode(model, count)
-            with attach(model, maps, budget, min_context=min_context):
+            with attach(model, maps, budget, min_context=min_context, observer=observer):
                 ways["hash"].decode(model, count)
     found: dict[str, Any] = {"prefill_seconds": seconds, "sign_seconds": sum(ways["hash"].seconds[:1])}
     for name, way in ways.items():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from hashattention.config import BaseModel, Budget, MapsConfig
+    from hashattention.evaluation.observe import Tally
     from hashattention.maps import HashMaps
 
 
@@ -26,6 +27,10 @@ def generate(
     maps: Annotated[str | None, typer.Option(help="A maps folder, shipped name or hub id.")] = None,
     prompt_file: Annotated[Path, typer.Option(help="The prompt; - is stdin.")] = Path("-"),
     density: Annotated[float, typer.Option(help="Attended tokens over all causal tokens, in (0, 1].")] = 0.0625,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Take only the heavy tokens that hold this share of the estimated attention, in (0, 1]."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation, in tokens.")] = 128,
     min_context: Annotated[int, typer.Option(min=0, help="Shorter contexts are attended densely.")] = 1024,
     dense: Annotated[bool, typer.Option("--dense", help="The model's own attention; needs no maps.")] = False,
@@ -49,11 +54,16 @@ def generate(
     if both and (dense or maps is None):
         raise ConfigError("--compare decodes both ways: give --maps DIR and leave --dense out.")
     from hashattention import Budget, HashMaps, provenance
+    from hashattention.evaluation.observe import Tally
     from hashattention.models.describe import describe
+    from hashattention.selectors.hash import HashSelector
 
-    budget = Budget(density=density)
+    budget = Budget(density=density, top_p=top_p)
+    tally = Tally() if budget.estimated else None
     prompt = read_prompt(prompt_file)
     loaded_maps = None if dense or maps is None else HashMaps.from_pretrained(maps)
+    if loaded_maps is not None:
+        HashSelector(loaded_maps).check_budget(budget)
     where = parse_device(device)
     kind = parse_dtype(dtype, where)
     with progress(console()) as report:
@@ -61,7 +71,7 @@ def generate(
     base = describe(loaded.model)
     ids = _encode(loaded, prompt, chat, max_new_tokens)
     if both and loaded_maps is not None:
-        found = _compare(loaded, loaded_maps, budget, min_context, ids, max_new_tokens, quiet=as_json)
+        found = _compare(loaded, loaded_maps, budget, min_context, ids, max_new_tokens, tally, quiet=as_json)
         if as_json:
             emit(
                 {
@@ -73,11 +83,11 @@ def generate(
                 }
             )
         return
-    said = _continue(loaded, loaded_maps, budget, min_context, ids, max_new_tokens, quiet=as_json)
+    said = _continue(loaded, loaded_maps, budget, min_context, ids, max_new_tokens, tally, quiet=as_json)
     length = ids.shape[1] + said["new_tokens"]
     sparse = loaded_maps is not None and length >= min_context
     config = loaded_maps.config if loaded_maps is not None and sparse else None
-    cost = traffic(base, config, budget, length, loaded.model.dtype.itemsize)
+    cost = traffic(base, config, budget, length, loaded.model.dtype.itemsize, tally)
     found = {**said, "prompt_tokens": ids.shape[1], "attention": "hash" if sparse else "dense", **cost}
     _show(found, None if loaded_maps is None or sparse else min_context)
     if as_json:
@@ -109,7 +119,15 @@ def _encode(loaded: Any, prompt: str, chat: bool | None, new_tokens: int) -> tor
 
 
 def _continue(
-    loaded: Any, maps: Any, budget: Budget, min_context: int, ids: torch.Tensor, new_tokens: int, *, quiet: bool
+    loaded: Any,
+    maps: Any,
+    budget: Budget,
+    min_context: int,
+    ids: torch.Tensor,
+    new_tokens: int,
+    tally: Tally | None,
+    *,
+    quiet: bool,
 ) -> dict[str, Any]:
     import torch
 
@@ -124,7 +142,9 @@ def _continue(
             typer.echo(text, nl=False)
 
     stream = Stream(loaded.tokenizer, write)
-    served = contextlib.nullcontext() if maps is None else attach(loaded.model, maps, budget, min_context=min_context)
+    served: Any = contextlib.nullcontext()
+    if maps is not None:
+        served = attach(loaded.model, maps, budget, min_context=min_context, observer=tally)
     with served, torch.inference_mode():
         out = loaded.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, streamer=stream
@@ -142,7 +162,15 @@ def _continue(
 
 
 def _compare(
-    loaded: Any, maps: HashMaps, budget: Budget, min_context: int, ids: torch.Tensor, new_tokens: int, *, quiet: bool
+    loaded: Any,
+    maps: HashMaps,
+    budget: Budget,
+    min_context: int,
+    ids: torch.Tensor,
+    new_tokens: int,
+    tally: Tally | None,
+    *,
+    quiet: bool,
 ) -> dict[str, Any]:
     """Both ways from one prefill, said on stderr; the row of ``--json``."""
     import torch
@@ -150,10 +178,10 @@ def _compare(
     from hashattention.cli.compare import compare
     from hashattention.models.describe import describe
 
-    found = compare(loaded, maps, budget, min_context, ids, new_tokens)
+    found = compare(loaded, maps, budget, min_context, ids, new_tokens, tally)
     base, length = describe(loaded.model), ids.shape[1] + new_tokens
     for name, config in (("dense", None), ("hash", maps.config)):
-        found[name] |= traffic(base, config, budget, length, loaded.model.dtype.itemsize)
+        found[name] |= traffic(base, config, budget, length, loaded.model.dtype.itemsize, tally)
         rate = found[name]["tokens_per_second"]
         console().print(f"{name}: {rate:.2f} tokens/s" if rate else f"{name}: one token is too few to time")
         if not quiet:
@@ -169,23 +197,34 @@ def _compare(
     }
 
 
-def traffic(base: BaseModel, config: MapsConfig | None, budget: Budget, length: int, itemsize: int) -> dict[str, Any]:
+def traffic(
+    base: BaseModel,
+    config: MapsConfig | None,
+    budget: Budget,
+    length: int,
+    itemsize: int,
+    tally: Tally | None = None,
+) -> dict[str, Any]:
     """Tokens attended and bytes read by one new token at context `length`; `config` None is dense.
 
+    Where the budget is the most that may be attended, a `tally` of the steps says what was, on average.
     Where every query head selects for itself, K and V bytes are the most that they can be: heads of a group may agree.
     """
     row = 2 * base.head_dim * itemsize
-    attended, per_head, signatures = length, length, 0.0
+    attended, per_head, signatures, density = float(length), float(length), 0.0, 1.0
     if config is not None:
         attended = sum(budget.counts(length))
-        per_head = min(length, attended * config.selection_heads(base) // base.num_key_value_heads)
+        density = attended / length
+        if tally is not None and tally.steps:
+            attended, density = tally.means()
+        per_head = min(length, attended * config.selection_heads(base) / base.num_key_value_heads)
         signatures = length * config.bits / 8 * config.signature_heads(base) * len(base.layers)
     sparse = len(base.layers) if config is not None else 0
     rows = base.num_key_value_heads * (sparse * per_head + (base.num_hidden_layers - sparse) * length)
     return {
         "context": length,
-        "attended": attended,
-        "density": attended / length,
+        "attended": int(attended) if attended == int(attended) else round(attended, 2),
+        "density": density,
         "kv_bytes_per_token": rows * row,
         "signature_bytes_per_token": signatures,
     }

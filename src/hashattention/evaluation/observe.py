@@ -96,6 +96,35 @@ class Recorder:
         }
 
 
+class Tally:
+    """An observer that only counts: what was attended, and its share of the causal tokens; it never waits for a device.
+
+    Attributes
+    ----------
+    steps : int
+        Sparse steps of any layer so far.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sums: Tensor | None = None
+
+    def __call__(self, step: Step, selection: Selection, out: Tensor) -> None:
+        """Count one sparse step."""
+        counts = selection.counts.double()
+        shares = counts / step.extent.lengths().clamp(min=1)[:, None]
+        sums = torch.stack([counts.mean(), shares.mean()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self.steps += 1
+
+    def means(self) -> tuple[float, float]:
+        """Tokens attended per index set, and the density: means over steps; (0, 0) without any."""
+        if self._sums is None:
+            return 0.0, 0.0
+        attended, density = (self._sums / self.steps).tolist()
+        return attended, density
+
+
 def dense_weights(step: Step) -> Tensor:
     """Exact attention weights of this step over all valid tokens, float32 ``[B, Hq, T]`` (without a softcap)."""
     extent = step.extent
