@@ -101,3 +101,13 @@ def test_methods_are_imported_when_asked_for():
 def test_hyperplanes_are_put_where_the_model_runs():
     selector = create("lsh:bits=32", model=MODEL, device=torch.device("meta"))
     assert selector.maps.key.weights[0].device.type == "meta"
+
+
+def test_top_p_is_an_option_of_the_hash_method():
+    maps = HashMaps(MapsConfig(32, (8,)), MODEL, None, None, ((1.0, 1.0),) * len(MODEL.layers))
+    assert create("hash:top_p=0.9", maps=maps).top_p == 0.9
+    with pytest.raises(ConfigError, match="top_p must be in"):
+        create("hash:top_p=1.5", maps=maps)
+    maps.temperatures = None
+    with pytest.raises(ConfigError, match="these maps have none"):
+        create("hash:top_p=0.9", maps=maps)
