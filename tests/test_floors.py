@@ -16,6 +16,7 @@ FLOORS = [
     ("errors",),
     ("provenance",),
     ("config",),
+    ("rotation",),
     ("ops",),
     ("rows",),
     ("artifact",),

@@ -56,6 +56,28 @@ def test_before_is_the_extent_some_tokens_ago(left, right, ago):
     assert earlier.lengths().tolist() == fresh.lengths().tolist()
 
 
+@given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4), st.integers(0, 6))
+def test_positions_are_places_among_the_real_tokens_or_slots(rows, ago):
+    mask = torch.tensor(rows)
+    held = 7 - ago
+    for by_slot in (False, True):
+        extent = Extent.from_mask(mask, by_slot=by_slot).before(ago)
+        whole = extent.positions(0, held)
+        assert whole.dtype == torch.int32 and torch.equal(extent.positions(1, held), whole[:, 1:])
+        for row, valid in enumerate(mask[:, :held].tolist()):
+            slots = [slot for slot, real in enumerate(valid) if real]
+            expected = slots if by_slot else list(range(len(slots)))
+            assert [int(whole[row, slot]) for slot in slots] == expected
+            if slots and slots[-1] == held - 1:
+                assert int(extent.last_positions()[row, 0]) == expected[-1]
+
+
+def test_padding_on_the_left_needs_no_mask_of_holes():
+    mask = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    whole, quick = (Extent.from_mask(mask, holes=holes).positions(0, 4) for holes in (True, False))
+    assert torch.equal(whole[mask], quick[mask])
+
+
 def test_rows_are_built_once_for_each_budget():
     extent = Extent.full(2, 100, torch.device("cpu"))
     budget = Budget(density=0.5)

@@ -14,6 +14,7 @@ Share = Literal["kv_head", "query_head"]
 SelectionShare = Literal["group", "query_head"]
 QueryInput = Literal["head", "group"]
 ScoreKind = Literal["symmetric", "asymmetric"]
+Rope = Literal["after", "before", "before_keys"]
 
 T = TypeVar("T")
 
@@ -147,6 +148,8 @@ class BaseModel:
     """The transformer a set of maps belongs to: the fields that must agree before maps are used.
 
     `layers` are the indices of the attention layers that may be sparse (full attention; sliding-window layers are not).
+    `frequencies`, radians per position, undo the rotary embedding (`rotation.unrotate`); only maps that take keys
+    before it need them.
     """
 
     architecture: str
@@ -157,6 +160,7 @@ class BaseModel:
     layers: tuple[int, ...]
     rope: str
     name: str = ""
+    frequencies: tuple[float, ...] = ()
 
     @property
     def group_size(self) -> int:
@@ -189,6 +193,9 @@ class MapsConfig:
         Largest magnitude of an integer query weight (7: int4 range, up to 127).
     query_widths : tuple of int, optional
         Hidden widths of phi_q where they differ from those of phi_k.
+    rope : {"after", "before", "before_keys"}
+        Whether the maps see queries and keys as attention does, after the rotary embedding, or rotated back by their
+        own positions to what they were before it; "before_keys": phi_k sees keys before it, phi_q queries after it.
     """
 
     bits: int = 64
@@ -199,6 +206,7 @@ class MapsConfig:
     selection_share: SelectionShare = "group"
     levels: int = 7
     query_widths: tuple[int, ...] | None = None
+    rope: Rope = "after"
 
     def __post_init__(self) -> None:
         _require(
@@ -221,6 +229,7 @@ class MapsConfig:
             "query_input": ("group", "head"),
             "signature_share": ("kv_head", "query_head"),
             "selection_share": ("group", "query_head"),
+            "rope": ("after", "before", "before_keys"),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hashattention import artifact, ops
 from hashattention.config import BaseModel, MapsConfig, from_mapping
-from hashattention.errors import ArtifactError, ConfigError
+from hashattention.errors import ArtifactError, ConfigError, InputError
+from hashattention.rotation import unrotate
 
 #: Keys encoded at once: bounds the hidden activations of a long prefill.
 KEY_CHUNK = 8192
@@ -36,41 +37,63 @@ class Mlp(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class LayerMaps:
-    """The hash map of one layer: phi_q and phi_k as lists of stages."""
+    """The hash map of one layer: phi_q and phi_k as lists of stages, and the `frequencies` float32 ``[F]`` of the
+    model's rotary embedding, for maps that take their input before it.
+    """
 
     config: MapsConfig
     query_weights: list[Tensor]
     query_biases: list[Tensor]
     key_weights: list[Tensor]
     key_biases: list[Tensor]
+    frequencies: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LayerMaps:
         """The same map elsewhere or in another dtype; itself where nothing changes."""
-        stages = self.query_weights, self.query_biases, self.key_weights, self.key_biases
-        return LayerMaps(self.config, *([tensor.to(device, dtype) for tensor in each] for each in stages))
+        names = "query_weights", "query_biases", "key_weights", "key_biases"
+        moved: dict[str, Any] = {name: [tensor.to(device, dtype) for tensor in getattr(self, name)] for name in names}
+        moved["frequencies"] = None if self.frequencies is None else self.frequencies.to(device)
+        return dataclasses.replace(self, **moved)
 
-    def sign_keys(self, key: Tensor, *, backend: str = "auto") -> Tensor:
-        """Signatures int32 ``[B, Hs, T, W]`` of keys ``[B, Hkv, T, D]``."""
-        heads = self.key_weights[0].shape[0]
+    def key_inputs(self, key: Tensor, positions: Tensor | None) -> Tensor:
+        """Keys as phi_k takes them: rotated back from their `positions` int ``[B, T]`` if it sees them before RoPE."""
+        return key if self.config.rope == "after" else self._unrotate(key, positions)
+
+    def sign_keys(self, key: Tensor, positions: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+        """Signatures int32 ``[B, Hs, T, W]`` of keys ``[B, Hkv, T, D]``; `positions` as in `key_inputs`."""
+        heads, stages = self.key_weights[0].shape[0], (self.key_weights, self.key_biases)
         if key.shape[1] != heads:
             key = key.repeat_interleave(heads // key.shape[1], dim=1)
-        stages = self.key_weights, self.key_biases
-        chunks = [ops.encode_signature(chunk, *stages, backend=backend) for chunk in key.split(KEY_CHUNK, dim=2)]
+        chunks = []
+        for first in range(0, max(1, key.shape[2]), KEY_CHUNK):
+            part = slice(first, first + KEY_CHUNK)
+            inputs = self.key_inputs(key[:, :, part], None if positions is None else positions[:, part])
+            chunks.append(ops.encode_signature(inputs, *stages, backend=backend))
         return torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
 
-    def code_queries(self, query: Tensor, *, backend: str = "auto") -> Tensor:
+    def code_queries(self, query: Tensor, positions: Tensor | None = None, *, backend: str = "auto") -> Tensor:
         """Query codes of queries ``[B, Hq, T, D]``: int8 ``[B, Hc, T, bits]`` (asymmetric) or int32
-        ``[B, Hc, T, W]``.
+        ``[B, Hc, T, W]``; `positions` int ``[B, T]`` are theirs, if the maps see queries before RoPE.
         """
-        return self.scale_queries(query, backend=backend)[0]
+        return self.scale_queries(query, positions, backend=backend)[0]
 
-    def scale_queries(self, query: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    def scale_queries(
+        self, query: Tensor, positions: Tensor | None = None, *, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
         """`code_queries`, and what a unit of each code is worth in logits: float32 ``[B, Hc, T]``, 1 for bits."""
+        if self.config.rope == "before":
+            query = self._unrotate(query, positions)
         x = ops.group_queries(query, self.query_weights[0].shape[0])
         stages = self.query_weights, self.query_biases
         if self.config.score == "symmetric":
             return ops.encode_signature(x, *stages, backend=backend), x.new_ones(x.shape[:3], dtype=torch.float32)
         return ops.encode_query(x, *stages, self.config.levels, backend=backend)
+
+    def _unrotate(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        assert self.frequencies is not None
+        if positions is None:
+            raise InputError(f"these maps were trained with rope={self.config.rope!r}: give the tokens' `positions`.")
+        return unrotate(x, positions[:, None], self.frequencies)
 
 
 class HashMaps(nn.Module):
@@ -108,6 +131,7 @@ class HashMaps(nn.Module):
         temperatures: tuple[tuple[float, ...], ...] | None = None,
     ) -> None:
         super().__init__()
+        check_rotation(config, model)
         self.config, self.model, self.training_info = config, model, dict(training or {})
         size = len(model.layers), config.selection_heads(model)
         self.shares = None if shares is None else check_shares(shares, *size)
@@ -128,7 +152,11 @@ class HashMaps(nn.Module):
         if index not in self.model.layers:
             raise ConfigError(f"layer {index} has no hash map; layers with one: {list(self.model.layers)}.")
         position = self.model.layers.index(index)
-        return LayerMaps(self.config, *self.query.layer(position), *self.key.layer(position))
+        layer = LayerMaps(self.config, *self.query.layer(position), *self.key.layer(position))
+        if self.config.rope == "after":
+            return layer
+        frequencies = torch.tensor(self.model.frequencies, device=layer.key_weights[0].device)
+        return dataclasses.replace(layer, frequencies=frequencies)
 
     def check_model(self, model: BaseModel) -> None:
         """Raise `ArtifactError` unless these maps were trained for `model`; the message names the field that
@@ -137,7 +165,8 @@ class HashMaps(nn.Module):
         for field in dataclasses.fields(BaseModel):
             mine, theirs = getattr(self.model, field.name), getattr(model, field.name)
             fits = set(mine) <= set(theirs) if field.name == "layers" else mine == theirs
-            if field.name != "name" and not fits:
+            # Frequencies follow from the other fields.
+            if field.name not in ("name", "frequencies") and not fits:
                 raise ArtifactError(
                     f"these maps are for {self.model.name or self.model.architecture}: {field.name} is {mine!r}, but "
                     f"the model has {theirs!r}; train maps for this model with `hashattention train` or load the model "
@@ -150,11 +179,10 @@ class HashMaps(nn.Module):
         The first stage's bias holds the inputs' mean, which may be far from zero; it is small and stays exact.
         `torch.int8` halves the folder (`artifact.pack`); such weights are read as bfloat16.
         """
-        config: dict[str, Any] = {
-            "base_model": dataclasses.asdict(self.model),
-            "maps": dataclasses.asdict(self.config),
-            "training": self.training_info,
-        }
+        model, maps = dataclasses.asdict(self.model), dataclasses.asdict(self.config)
+        if self.config.rope == "after":  # so that older releases read it
+            del model["frequencies"], maps["rope"]
+        config: dict[str, Any] = {"base_model": model, "maps": maps, "training": self.training_info}
         if self.shares is not None:
             config["shares"] = self.shares
         if self.temperatures is not None:
@@ -193,6 +221,17 @@ class HashMaps(nn.Module):
                 f"{expected.get(name, 'no such tensor')}; the two files do not belong together."
             )
         self.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+
+def check_rotation(config: MapsConfig, model: BaseModel) -> None:
+    """Raise `ConfigError` if maps of this kind need the model's rotary frequencies and it has none that fit."""
+    if config.rope == "after" or 0 < 2 * len(model.frequencies) <= model.head_dim:
+        return
+    raise ConfigError(
+        f"maps with rope={config.rope!r} need 1 to {model.head_dim // 2} rotary frequencies of the model; its "
+        f"description has {len(model.frequencies)}: take them from `models.rotary.rotary_frequencies`, or use "
+        "rope='after'."
+    )
 
 
 def check_shares(shares: Any, layers: int, selection_heads: int) -> tuple[tuple[float, ...], ...]:

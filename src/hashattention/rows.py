@@ -82,12 +82,22 @@ class Extent:
         Holes inside start..end.
     ends_full : bool
         Known on the host: every request's last token is in the cache's last slot.
+    by_slot : bool
+        A token's rotary position is its slot, padding counted; by default it is its place among the valid tokens.
     """
 
     def __init__(
-        self, start: Tensor, end: Tensor, tokens: int, mask: Tensor | None = None, ends_full: bool = False
+        self,
+        start: Tensor,
+        end: Tensor,
+        tokens: int,
+        mask: Tensor | None = None,
+        ends_full: bool = False,
+        by_slot: bool = False,
     ) -> None:
         self.start, self.end, self.tokens, self.mask, self.ends_full = start, end, tokens, mask, ends_full
+        self.by_slot = by_slot
+        self._positions: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[tuple[Budget, int], Rows] = {}
         self._scaled: dict[tuple[Budget, int], Tensor] = {}
         self._before: dict[int, Extent] = {}
@@ -99,22 +109,42 @@ class Extent:
         return cls(start, start + tokens, tokens, ends_full=True)
 
     @classmethod
-    def from_mask(cls, mask: Tensor, holes: bool = True) -> Extent:
+    def from_mask(cls, mask: Tensor, holes: bool = True, by_slot: bool = False) -> Extent:
         """From a mask ``[B, T]`` (nonzero = a real token); `holes` says whether padding may lie between real tokens."""
         valid = mask.bool()
         tokens = mask.shape[1]
         position = torch.arange(tokens, device=mask.device)
         end = torch.where(valid, position + 1, 0).amax(1).to(torch.int32)
         start = torch.where(valid, position, tokens).amin(1).to(torch.int32)
-        return cls(torch.minimum(start, end), end, tokens, valid if holes else None)
+        return cls(torch.minimum(start, end), end, tokens, valid if holes else None, by_slot=by_slot)
 
     def before(self, tokens: int) -> Extent:
         """The same requests when the last `tokens` slots of the cache did not exist yet; built once for all layers."""
         if tokens not in self._before:
             kept = self.tokens - tokens
             mask = None if self.mask is None else self.mask[:, :kept]
-            self._before[tokens] = Extent(self.start.clamp(max=kept), self.end.clamp(max=kept), kept, mask)
+            bounds = self.start.clamp(max=kept), self.end.clamp(max=kept)
+            self._before[tokens] = Extent(*bounds, kept, mask, by_slot=self.by_slot)
         return self._before[tokens]
+
+    def positions(self, first: int, last: int) -> Tensor:
+        """Rotary positions of slots ``first <= t < last``, int32 ``[B, last - first]``; those of padding mean nothing.
+        Built once for all layers.
+        """
+        if (first, last) not in self._positions:
+            slots = torch.arange(first, last, dtype=torch.int32, device=self.start.device)
+            if self.by_slot:
+                found = slots.expand(len(self.start), -1)
+            elif self.mask is None:
+                found = slots - self.start[:, None]
+            else:
+                found = (self.mask.cumsum(1, dtype=torch.int32) - 1)[:, first:last]
+            self._positions[first, last] = found
+        return self._positions[first, last]
+
+    def last_positions(self) -> Tensor:
+        """Rotary position of every request's last valid token, int32 ``[B, 1]``."""
+        return ((self.end if self.by_slot else self.lengths()) - 1)[:, None]
 
     def lengths(self) -> Tensor:
         """Valid tokens of every request, int32 ``[B]``."""

@@ -46,6 +46,17 @@ def test_rows_hold_quality_by_layer_and_head(tmp_path):
     assert saved.training_info["recipe"] == first["recipe"] and saved.model.layers == (0, 1, 2)
 
 
+def test_variants_before_and_after_rope_share_a_capture(tmp_path):
+    before = {"steps": 2, "maps": {"rope": "before"}}
+    plan = sweep(Variant("after", {"steps": 2}, save=True), Variant("before", before, save=True))
+    _, rows = study(tmp_path, plan)
+    assert [row["recipe"]["maps"]["rope"] for row in rows] == ["after", "after", "before"]
+    assert rows[1]["score"] != rows[2]["score"]
+    saved = [json.loads((tmp_path / "out" / name / "config.json").read_text()) for name in ("after", "before")]
+    assert ["frequencies" in each["base_model"] for each in saved] == [False, True]
+    assert ["rope" in each["maps"] for each in saved] == [False, True]
+
+
 def test_what_is_done_is_not_done_again(tmp_path):
     told = []
     one = Variant("a", {"steps": 2})

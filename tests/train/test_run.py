@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -15,8 +16,10 @@ from hashattention.config import MapsConfig
 from hashattention.errors import CheckpointError, TextError
 from hashattention.maps import HashMaps
 from hashattention.models.describe import describe
+from hashattention.models.rotary import rotary_frequencies
 from hashattention.train.recipe import Recipe
 from hashattention.train.run import train
+from hashattention.train.shards import capture_settings
 
 ROOT = Path(__file__).parents[2]
 #: Child k of one process is killed at its k-th moment and the next goes on where it left off; the last one finishes.
@@ -75,6 +78,24 @@ def test_the_folder_is_complete_and_work_is_gone(tmp_path, texts, in_memory):
     assert [row["heavy"] for row in rows] == [1 / 8, 1 / 16, 1 / 32]
     for name in ("error", "kept_mass", "recall"):
         assert len(rows[0]["hash"][f"{name}_by_layer"]) == 3 and rows[0]["hash"][name] > 0
+
+
+@pytest.mark.parametrize("rope", ["before", "before_keys"])
+def test_maps_before_rope_hold_the_frequencies_they_need(tmp_path, texts, rope):
+    loaded, maps = tiny_model(), MapsConfig(32, (16,), rope=rope)
+    train(loaded, texts, tmp_path, tiny_recipe(maps=maps, step_tokens=64, patience=1, check_every=4))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["maps"]["rope"] == rope and stored["training"]["recipe"]["maps"]["rope"] == rope
+    found = HashMaps.from_pretrained(tmp_path, describe(loaded.model))
+    assert found.model.frequencies == rotary_frequencies(loaded.model) and found.config == maps
+
+
+def test_captures_of_either_kind_are_the_same():
+    recipe = tiny_recipe()
+    before = dataclasses.replace(recipe, maps=dataclasses.replace(recipe.maps, rope="before"))
+    base = describe(tiny_model().model)
+    turned = dataclasses.replace(base, frequencies=(1.0,))
+    assert capture_settings(recipe, base, "", "") == capture_settings(before, turned, "", "")
 
 
 def test_memory_and_disk_give_the_same_maps(tmp_path, texts):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -7,13 +8,15 @@ import torch
 
 from hashattention import ops
 from hashattention.config import BaseModel, MapsConfig
+from hashattention.errors import ConfigError
 from hashattention.maps import HashMaps
 from hashattention.models.capture import Sample
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards
 from hashattention.train.student import Student, key_input, measure_moments, query_input, soft_round, soft_sign
+from hashattention.train.targets import LiveTargets, lesson
 
-BASE = BaseModel("LlamaForCausalLM", 2, 6, 2, 16, (0, 1), "theta")
+BASE = BaseModel("LlamaForCausalLM", 2, 6, 2, 16, (0, 1), "theta", frequencies=(1.0, 0.3, 0.1, 0.03, 0.01))
 CONFIGS = [
     MapsConfig(32, (8,)),
     MapsConfig(64, (), levels=127),
@@ -23,6 +26,8 @@ CONFIGS = [
     MapsConfig(32, (8,), query_input="head", selection_share="query_head"),
     MapsConfig(32, (8, 8), "symmetric", "head", "query_head", "query_head"),
     MapsConfig(32, (8,), "symmetric", "head", "query_head", "group"),
+    MapsConfig(32, (8,), rope="before"),
+    MapsConfig(32, (8,), rope="before_keys"),
 ]
 
 
@@ -53,8 +58,8 @@ def test_hard_scores_are_what_the_ops_compute_with_the_exported_maps(config):
     heads = config.selection_heads(BASE)
     for row in range(2):
         layer = maps.layer(row)
-        signatures = layer.sign_keys(sample.key[row][None], backend="reference")
-        codes = layer.code_queries(sample.query[row][None], backend="reference")
+        signatures = layer.sign_keys(sample.key[row][None], torch.arange(40)[None], backend="reference")
+        codes = layer.code_queries(sample.query[row][None], sample.positions[None], backend="reference")
         for n in range(5):
             expected = ops.score(codes[:, :, n : n + 1], signatures, heads, backend="reference")[0].double()
             mine = found[row, :, n].double()
@@ -80,6 +85,24 @@ def test_moments_are_those_of_all_samples():
     queries = torch.cat([query_input(store.read(i, 0, 2).query, 2) for i in range(3)], dim=2)
     assert queries.shape == (2, 2, 15, 48)
     torch.testing.assert_close(query.normalise(queries).mean(2), torch.zeros(2, 2, 48), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rope", ["after", "before", "before_keys"])
+def test_a_lesson_of_some_tokens_knows_their_positions(rope):
+    config, store, tokens = MapsConfig(32, (8,), rope=rope), samples(), torch.tensor([0, 3, 17, 39])
+    trained, recipe = student(config, store), Recipe(maps=config, sink=1, local=2)
+    sample, every = store.read(0, 0, 2), torch.arange(5)
+    some = lesson(LiveTargets(recipe, BASE), recipe, 0, every, sample, tokens).sample
+    query, key = trained.codes(sample, hard=False)
+    few = trained.codes(some.to("cpu").layers(0, 2), hard=False)
+    torch.testing.assert_close(few[0], query)
+    torch.testing.assert_close(few[1], key[:, :, tokens])
+
+
+def test_maps_before_rope_need_the_models_frequencies():
+    config, store = MapsConfig(32, (8,), rope="before"), samples()
+    with pytest.raises(ConfigError, match="need 1 to 8 rotary frequencies"):
+        measure_moments(store, 0, 2, config, dataclasses.replace(BASE, frequencies=()), torch.device("cpu"))
 
 
 def test_a_constant_channel_stays_finite():

@@ -118,6 +118,7 @@ class Attachment:
         self.dense_implementation: str = text_config(model)._attn_implementation
         self._mask: Tensor | None = None
         self._holes = False
+        self._by_slot = False
         self._extent: Extent | None = None
         self._caches: dict[int, Any] = {}
         self._modules = attention_modules(model)
@@ -153,10 +154,31 @@ class Attachment:
         self._mask = mask if isinstance(mask, Tensor) else None
         self._extent = None
         tokens = keywords.get("input_ids", keywords.get("inputs_embeds"))
+        # A model that is not told the positions counts slots; `generate` and our own callers count real tokens.
+        self._by_slot = keywords.get("position_ids") is None
         if self._mask is not None and self._mask.dim() == 2 and (tokens is None or tokens.shape[1] > 1):
             # Holes can only arrive with a prompt, so that decoding steps never wait for the device.
             ordered = self._mask.bool()
             self._holes = bool(((ordered[:, 1:] != ordered[:, :-1]).sum(1) > 1).any())
+        if self.attention.selector.reads_positions and not self._by_slot:
+            self._check_positions(keywords["position_ids"], keywords.get("past_key_values"))
+
+    def _check_positions(self, given: Tensor, cache: Any) -> None:
+        """Refuse positions of a prompt that are not the places of its real tokens; a step never waits to be checked."""
+        tokens = given.shape[-1]
+        if tokens == 1:
+            return
+        if self._mask is not None and self._mask.dim() == 2:
+            real = self._mask.to(given.device).bool()
+        else:
+            held = cache.get_seq_length() if cache is not None else 0
+            real = torch.ones(1, held + tokens, dtype=torch.bool, device=given.device)
+        expected = (real.cumsum(1) - 1)[:, -tokens:]
+        if given.dim() != 2 or bool(((given != expected) & real[:, -tokens:]).any()):
+            raise InputError(
+                "position_ids are not the places of the real tokens (0, 1, 2 ... in every row, padding left out), as "
+                "maps that take keys before RoPE need them; leave them to `generate`, or use maps with rope='after'."
+            )
 
     def _keeper(self, index: int) -> Any:
         def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -198,7 +220,7 @@ class Attachment:
                 f"attention_mask is {list(self._mask.shape)} for a cache of {tokens} tokens; hash attention takes a "
                 f"padding mask [{batch}, {tokens}] (1 = a real token), as the tokenizer gives it."
             )
-        return Extent.from_mask(self._mask.to(device), holes=self._holes)
+        return Extent.from_mask(self._mask.to(device), holes=self._holes, by_slot=self._by_slot)
 
 
 def hash_attention(

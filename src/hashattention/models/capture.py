@@ -24,7 +24,8 @@ class Sample:
     """What one sequence leaves behind, for L layers (in the order of `BaseModel.layers`).
 
     `key` ``[L, Hkv, T, D]``, `query` ``[L, Hq, N, D]`` at `positions` int32 ``[N]``, `scale` float32 ``[L]``
-    (multiplies the logits), and `value` ``[L, Hkv, T, Dv]`` where it was asked for.
+    (multiplies the logits), and `value` ``[L, Hkv, T, Dv]`` where it was asked for. Where `key` holds some of the
+    tokens alone, `tokens` int64 ``[T]`` says which.
     """
 
     key: Tensor
@@ -32,17 +33,23 @@ class Sample:
     positions: Tensor
     scale: Tensor
     value: Tensor | None = None
+    tokens: Tensor | None = None
 
     def layers(self, first: int, last: int) -> Sample:
         """Layers ``first <= l < last``, as views."""
         value = None if self.value is None else self.value[first:last]
-        return Sample(self.key[first:last], self.query[first:last], self.positions, self.scale[first:last], value)
+        key, query, scale = self.key[first:last], self.query[first:last], self.scale[first:last]
+        return dataclasses.replace(self, key=key, query=query, scale=scale, value=value)
 
     def to(self, device: torch.device | str) -> Sample:
         """On another device."""
-        value = None if self.value is None else self.value.to(device)
+        value, tokens = (None if tensor is None else tensor.to(device) for tensor in (self.value, self.tokens))
         key, query, positions, scale = (t.to(device) for t in (self.key, self.query, self.positions, self.scale))
-        return Sample(key, query, positions, scale, value)
+        return Sample(key, query, positions, scale, value, tokens)
+
+    def key_positions(self) -> Tensor:
+        """Position of every key, int64 ``[T]``."""
+        return torch.arange(self.key.shape[2], device=self.key.device) if self.tokens is None else self.tokens
 
     def pick(self, index: Tensor) -> Sample:
         """Only the queries `index` int64 ``[n]``."""

@@ -82,10 +82,13 @@ class Selector(ABC):
         One index set per KV head, or one per query head.
     layers : tuple of int or None
         Layers it can serve (None: all); the others stay dense.
+    reads_positions : bool
+        It reads the tokens' rotary positions (`Extent.positions`).
     """
 
     share: SelectionShare = "group"
     layers: tuple[int, ...] | None = None
+    reads_positions: bool = False
 
     @abstractmethod
     def select(self, step: Step) -> Selection:

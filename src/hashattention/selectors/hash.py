@@ -40,6 +40,7 @@ class HashSelector(Selector):
             self.check_budget(Budget(density=1.0, top_p=top_p))
         self.share = maps.config.selection_share
         self.layers = maps.model.layers
+        self.reads_positions = maps.config.rope != "after"
         self._ready: dict[int, LayerMaps] = {}
         self._shares: Shares | None = None
         self._temperatures: Tensor | None = None
@@ -50,7 +51,7 @@ class HashSelector(Selector):
         rows, budget = self._rows(step), self._budget(step)
         if budget.estimated:
             return self._select_needed(step, signatures, rows, budget)
-        code = self._layer(step).code_queries(step.query, backend=self.backend)
+        code = self._layer(step).code_queries(step.query, self._last_positions(step), backend=self.backend)
         bounds = rows.start, rows.end, rows.budgets, rows.capacity
         levels = self.maps.config.levels
         chosen = ops.score_select(code, signatures, *bounds, mask=rows.mask, levels=levels, backend=self.backend)
@@ -59,7 +60,7 @@ class HashSelector(Selector):
     def _select_needed(self, step: Step, signatures: Tensor, rows: Rows, budget: Budget) -> Selection:
         """`select`, each row's heavy tokens counted by the attention that its scores promise."""
         config, model, tokens = self.maps.config, self.maps.model, step.extent.tokens
-        code, scale = self._layer(step).scale_queries(step.query, backend=self.backend)
+        code, scale = self._layer(step).scale_queries(step.query, self._last_positions(step), backend=self.backend)
         heads, largest = rows.budgets.shape[1], largest_score(config, model)
         scores = ops.score(code, signatures, heads, backend=self.backend)[..., :tokens]
         counts = histogram(scores, rows.candidates(tokens), largest)
@@ -71,14 +72,15 @@ class HashSelector(Selector):
     def attend(self, step: Step) -> Tensor:
         """The whole step in one op, which signs the newest key on its way."""
         tokens, side = step.extent.tokens, step.side
-        if tokens < max(2, step.key.shape[2]) or self._budget(step).estimated:
-            # An earlier position of a prompt: the keys behind it are there already and are signed with it. Or its
-            # budgets depend on the scores.
+        parts = self.maps.config.rope == "before" or self._budget(step).estimated
+        if tokens < max(2, step.key.shape[2]) or parts:
+            # An earlier position of a prompt: the keys behind it are there already and are signed with it. Or phi_q
+            # and attention see different queries, and the op takes one. Or its budgets depend on the scores.
             return super().attend(step)
         self._sign(step, tokens - 1)
         layer = self._layer(step)
         signed = side.length((self.maps, "signatures")) == tokens
-        new_key = None if signed else (_newest_key(step), layer.key_weights, layer.key_biases)
+        new_key = None if signed else (self._newest_key(step), layer.key_weights, layer.key_biases)
         return side.fill((self.maps, "signatures"), tokens, lambda held: self._decode(step, held, new_key))
 
     def _decode(self, step: Step, signatures: Tensor, new_key: ops.NewKey | None) -> Tensor:
@@ -124,8 +126,18 @@ class HashSelector(Selector):
         return step.side.extend(
             (self.maps, "signatures"),
             tokens,
-            lambda first: layer.sign_keys(step.key[:, :, first:tokens], backend=self.backend),
+            lambda first: layer.sign_keys(
+                step.key[:, :, first:tokens],
+                step.extent.positions(first, tokens) if self.reads_positions else None,
+                backend=self.backend,
+            ),
         )
+
+    def _newest_key(self, step: Step) -> Tensor:
+        return self._layer(step).key_inputs(_newest_key(step), self._last_positions(step))
+
+    def _last_positions(self, step: Step) -> Tensor | None:
+        return step.extent.last_positions() if self.reads_positions else None
 
     def _layer(self, step: Step) -> LayerMaps:
         """The layer's map as it is used: on a GPU with weights in the keys' dtype, so that products run on 16 bits; on

@@ -71,12 +71,15 @@ class Lab:
         progress: Progress | None = None,
     ) -> None:
         from hashattention.models.describe import describe
+        from hashattention.models.rotary import rotary_frequencies
 
         self.sweep, self.out, self.command, self.tell, self.progress = sweep, Path(out), command, tell, progress
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.device = next(loaded.model.parameters()).device
         name = loaded.source.hub_id or Path(loaded.source.name).name
         self.base = dataclasses.replace(describe(loaded.model), name=name)
+        if _unrotates(sweep):
+            self.base = dataclasses.replace(self.base, frequencies=rotary_frequencies(loaded.model))
         self.texts = texts if texts is not None else sweep.texts
         self.held_out_texts = held_out_texts if held_out_texts is not None else sweep.held_out_texts
         self.budgets = [Budget(heavy=b, sink=sweep.recipe.sink, local=sweep.recipe.local) for b in sweep.recipe.budgets]
@@ -292,6 +295,12 @@ class Lab:
         if self.tell is not None:
             self.tell(row)
         return row
+
+
+def _unrotates(sweep: Sweep) -> bool:
+    """Whether some variant's maps take keys before RoPE."""
+    changes = (variant.changes.get("maps", {}).get("rope", "after") for variant in sweep.variants)
+    return any(rope != "after" for rope in (sweep.recipe.maps.rope, *changes))
 
 
 def read_rows(out: str | os.PathLike[str]) -> list[Row]:

@@ -78,8 +78,8 @@ class Exact:
 
 def hash_scores(layer: LayerMaps, sample: Sample, selection_heads: int) -> Tensor:
     """Integer scores (as float32, exact) ``[Hsel, N, T]`` of one layer: `ops.score` for all queries at once."""
-    code = layer.code_queries(sample.query, backend="reference")[0]
-    signatures = layer.sign_keys(sample.key, backend="reference")[0]
+    code = layer.code_queries(sample.query, sample.positions[None], backend="reference")[0]
+    signatures = layer.sign_keys(sample.key, sample.key_positions()[None], backend="reference")[0]
     weights = unpack_bits(code).float() * 2 - 1 if code.dtype == torch.int32 else code.float()
     heads, count = signatures.shape[0], code.shape[1]
     with tensor_float32(weights.device):

@@ -104,12 +104,15 @@ def train(
         If `out` holds an unfinished run with other settings, or the shards need more disk than there is.
     """
     from hashattention.models.describe import describe
+    from hashattention.models.rotary import rotary_frequencies
 
     recipe, ranks = recipe or Recipe.group(), Ranks.here()
     progress = progress if ranks.first else None
     loaded = _load(model, device, progress)
     where = next(loaded.model.parameters()).device
     whole = dataclasses.replace(describe(loaded.model), name=loaded.source.hub_id or Path(loaded.source.name).name)
+    if recipe.maps.rope != "after":
+        whole = dataclasses.replace(whole, frequencies=rotary_frequencies(loaded.model))
     base = ranks.share(whole)
     text = sequences(
         loaded.tokenizer, texts, context=recipe.context, count=recipe.sequences, held_out=recipe.held_out,

@@ -193,8 +193,8 @@ def capture_settings(recipe: Recipe, base: BaseModel, weights: str, texts: str) 
         "seed",
     )
     ours = {name: getattr(recipe, name) for name in names}
-    # The name is where a model was found; its architecture and weights say which it is.
-    model = {key: value for key, value in dataclasses.asdict(base).items() if key != "name"}
+    # The name is where a model was found; its architecture and weights say which it is. Captures are after RoPE.
+    model = {key: value for key, value in dataclasses.asdict(base).items() if key not in ("name", "frequencies")}
     # The texts last: their tokens depend on the context, and the cause is to be named, not its effect.
     some: dict[str, Any] = {"values": True} if recipe.weigh != "none" else {}
     some |= {"lengths": recipe.lengths} if recipe.lengths else {}

@@ -11,7 +11,9 @@ from torch.nn import functional
 
 from hashattention.artifact import round_weight
 from hashattention.config import BaseModel, MapsConfig
+from hashattention.maps import check_rotation
 from hashattention.models.capture import Sample
+from hashattention.rotation import unrotate
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import Samples, hash_seed
 
@@ -46,15 +48,26 @@ def key_input(key: Tensor, heads: int) -> Tensor:
     return key if key.shape[1] == heads else key.repeat_interleave(heads // key.shape[1], dim=1)
 
 
+def inputs(sample: Sample, config: MapsConfig, base: BaseModel, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """What phi_q and phi_k take of a sample, before RoPE where `config` says so; `frequencies` are those of `base`."""
+    query, key = sample.query, sample.key
+    if config.rope != "after":
+        key = unrotate(key.float(), sample.key_positions(), frequencies)
+    if config.rope == "before":
+        query = unrotate(query.float(), sample.positions, frequencies)
+    return query_input(query, config.code_heads(base)), key_input(key, config.signature_heads(base))
+
+
 def measure_moments(
     samples: Samples, first: int, last: int, config: MapsConfig, base: BaseModel, device: torch.device
 ) -> list[Moments]:
     """Moments of the inputs of phi_q and phi_k over all of `samples`, layers ``first <= l < last``."""
+    check_rotation(config, base)
+    frequencies = torch.tensor(base.frequencies, device=device)
     sums: list[list[Tensor]] = [[], []]
     for index in range(len(samples)):
         sample = samples.read(index, first, last).to(device)
-        inputs = query_input(sample.query, config.code_heads(base)), key_input(sample.key, config.signature_heads(base))
-        for total, x in zip(sums, inputs, strict=True):
+        for total, x in zip(sums, inputs(sample, config, base, frequencies), strict=True):
             wide = x.double()
             part = torch.stack([torch.full_like(wide[:, :, 0], wide.shape[2]), wide.sum(2), wide.square().sum(2)])
             total[:] = [part if not total else total[0] + part]
@@ -83,6 +96,7 @@ class Student:
     def __init__(self, recipe: Recipe, base: BaseModel, first: int, last: int, moments: list[Moments]) -> None:
         self.recipe, self.config, self.base = recipe, recipe.maps, base
         self.first, self.last, self.moments = first, last, moments
+        self.frequencies = torch.tensor(base.frequencies, device=moments[0].mean.device)
         self.selection_heads = self.config.selection_heads(base)
         group = base.group_size if self.config.query_input == "group" else 1
         shapes = {
@@ -144,10 +158,12 @@ class Student:
 
         `slope` multiplies the logits of bits before their tanh.
         """
-        query_moments, key_moments = self.moments
-        x = query_moments.normalise(query_input(sample.query, self.config.code_heads(self.base)))
-        y = key_moments.normalise(key_input(sample.key, self.config.signature_heads(self.base)))
-        query, key = (mlp(z.to(self.dtype), *self.stages(name)).float() for name, z in (("query", x), ("key", y)))
+        query, key = (
+            mlp(moments.normalise(x).to(self.dtype), *self.stages(name)).float()
+            for name, moments, x in zip(
+                ("query", "key"), self.moments, inputs(sample, self.config, self.base, self.frequencies), strict=True
+            )
+        )
         key = soft_sign(key, hard, slope)
         if self.config.score == "symmetric":
             return soft_sign(query, hard, slope), key

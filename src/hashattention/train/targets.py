@@ -51,9 +51,8 @@ def lesson(
     target = targets.of(index, queries, sample, tokens)
     if tokens is None:
         return Lesson(sample, target, heavy)
-    return Lesson(
-        dataclasses.replace(sample, key=sample.key.index_select(2, tokens)), target, heavy.index_select(1, tokens)
-    )
+    some = dataclasses.replace(sample, key=sample.key.index_select(2, tokens), tokens=tokens)
+    return Lesson(some, target, heavy.index_select(1, tokens))
 
 
 def draw_tokens(tokens: int, wanted: int, generator: torch.Generator) -> Tensor | None:

@@ -55,7 +55,7 @@ def _statistics(
     ``[Hsel, N, levels]``, the code's scale and the mean score under the attention, both ``[Hsel, N]``.
     """
     scores = hash_scores(layer, sample, heads)
-    scale = pool_scale(layer.scale_queries(sample.query, backend="reference")[1], heads)[0]
+    scale = pool_scale(layer.scale_queries(sample.query, sample.positions[None], backend="reference")[1], heads)[0]
     attention = torch.softmax(attention_logits(sample.query, sample.key, sample.positions, sample.scale)[0], -1)
     heavy = heavy_candidates(sample.positions, sample.key.shape[2], sink, local)
     shared = heads == len(attention)
