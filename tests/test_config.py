@@ -156,7 +156,8 @@ def test_from_mapping_names_the_nearest_key() -> None:
 
 
 def test_from_mapping_lists_the_keys_when_none_is_near() -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'zzz'; known keys: density, heavy, local, sink, threshold, top_p\."):
+    known = r"unknown key 'zzz'; known keys: density, heavy, local, sink, threshold, top_p\."
+    with pytest.raises(ConfigError, match=known):
         from_mapping(Budget, {"zzz": 1}, "budget")
 
 
@@ -169,3 +170,15 @@ def test_configurations_are_frozen() -> None:
     for value in (Budget(heavy=1), MapsConfig(), MODEL):
         with pytest.raises(dataclasses.FrozenInstanceError):
             value.bits = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["top_p", "threshold"])
+@pytest.mark.parametrize("value", [0, -0.1, 1.01, float("nan"), "0.9"])
+def test_shares_of_the_attention_are_above_0_and_at_most_1(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} must be in \(0, 1\]"):
+        Budget(density=0.5, **{name: value})
+
+
+def test_a_budget_is_estimated_where_it_may_take_less() -> None:
+    assert not Budget(density=0.5).estimated and not Budget(density=0.5, top_p=1.0).estimated
+    assert Budget(density=0.5, top_p=0.9).estimated and Budget(density=0.5, threshold=0.1).estimated
