@@ -57,10 +57,10 @@ class Decoder:
             return stages
         pool, captured = torch.cuda.graph_pool_handle(), []
         given: tuple[Tensor, ...] = tokens[:, None].clone(), positions[:, None].clone()
-        for stage in stages:
+        for number, stage in enumerate(stages):
             captured.append(Replay(stage, given, pool))
             hidden, *rest = captured[-1].outputs
-            if stage is self._begin:
+            if not number:
                 cos, sin, *rest = rest
             # The attention's output has the query's shape.
             given = (hidden, torch.zeros_like(rest[0]), cos, sin) if rest else ()
