@@ -91,7 +91,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     loaded = load_model(options.model, device=options.device)
     small = {"context": options.context, "sequences": options.sequences, "held_out": options.held_out_sequences}
-    start = Recipe(maps=MapsConfig(widths=(64, 64)), steps=options.steps, **small)
+    start = Recipe(maps=MapsConfig(widths=(64, 64)), pool="peak_sum", steps=options.steps, **small)
     side = Comparison(loaded, options, start)
     print(
         f"{time.monotonic() - options.begun:6.1f} s  captured; exact shared, its peak form, per head:", file=sys.stderr

@@ -56,6 +56,14 @@ def test_a_study_gives_rows_and_a_page_and_goes_on(invoke, last_json, tiny_model
     assert (out / "lab.html").read_text() == page
 
 
+def test_rows_alone_need_nothing_that_draws(invoke, tiny_model_folder, text, sweep, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("hashattention.report.lab.check_dependencies", lambda: pytest.fail("nothing is drawn"))
+    out = tmp_path / "out"
+    words = "lab", sweep, "--model", tiny_model_folder, "--text", text, "--out", out, "--device", "cpu", "--no-page"
+    assert invoke(*words).exit_code == 0
+    assert (out / "rows.jsonl").is_file() and not (out / "lab.html").exists()
+
+
 def test_what_cannot_be_studied(refused, tiny_model_folder, text, sweep, tmp_path) -> None:
     out = tmp_path / "out"
     assert "no sweep at" in refused("lab", tmp_path / "none.toml", "--out", out)

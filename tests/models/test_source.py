@@ -211,6 +211,10 @@ def test_a_folder_of_gguf_files(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"one\.gguf, two\.gguf"):
         resolve(tmp_path)
     assert resolve(tmp_path / "two.gguf").gguf_file == "two.gguf"
+    assert found.hub_id is None
+    packaged = RECIPES["smollm2-135m-instruct"]
+    (tmp_path / packaged.file).write_bytes(b"GGUF....")
+    assert resolve(tmp_path / packaged.file).hub_id == packaged.hub_id
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "model.gguf"])

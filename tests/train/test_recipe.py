@@ -33,7 +33,7 @@ def test_plain_values_give_the_recipe_back(recipe):
 
 def test_names_and_files(tmp_path):
     assert Recipe.named("paper") == Recipe.paper()
-    assert Recipe.named("group") == Recipe()
+    assert Recipe.named("group") == Recipe.group() == dataclasses.replace(Recipe(), step_tokens=2048, steps=3000)
     path = tmp_path / "own.toml"
     path.write_text("steps = 7\n[maps]\nbits = 32\n")
     assert Recipe.named(path) == Recipe(steps=7, maps=MapsConfig(bits=32))

@@ -43,7 +43,7 @@ def test_a_sweep_is_read(tmp_path):
     assert wide.maps.widths == (512,) and wide.maps.bits == 32 and wide.learning_rate == Recipe().learning_rate
     assert sweep.layers == (0, 3) and sweep.variants[1].layers == (1,) and sweep.variants[1].tests
     last = sweep.variants[-1].recipe(sweep.recipe)
-    assert (last.loss, last.maps.bits, last.maps.widths) == ("topk", 128, (256, 256))
+    assert (last.loss, last.maps.bits, last.maps.widths) == ("topk", 128, (256,))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def lab(
     model: Annotated[str | None, typer.Option(help="A model folder, hub id, .gguf file or packaged name.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Training text, in place of the study's.")] = None,
     held_out: Annotated[list[str] | None, typer.Option(help="Held-out text, in place of the study's.")] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Draw the page of plots.")] = True,
     draw: Annotated[bool, typer.Option("--draw", help="Only draw the rows there are, without the model.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -32,7 +33,8 @@ def lab(
     from hashattention.train.lab import Lab, read_rows
     from hashattention.train.sweep import Sweep
 
-    shown.check_dependencies()
+    if page:
+        shown.check_dependencies()
     study = Sweep.from_toml(sweep)
     if draw:
         rows = read_rows(out)
@@ -46,7 +48,8 @@ def lab(
         raise InputError(f"{out} holds no rows yet; leave out --draw to make them.")
     to = console()
     to.print(grid(shown.cells(rows), shown.columns(rows), "held-out output error (ratio to exact shared)", left=1))
-    to.print(f"page: {shown.write(rows, out / 'lab.html')}", soft_wrap=True)
+    if page:
+        to.print(f"page: {shown.write(rows, out / 'lab.html')}", soft_wrap=True)
     if as_json:
         emit({"out": str(out), "rows": rows})
 

@@ -245,7 +245,8 @@ def _gguf(name: str, path: Path) -> ModelSource:
         magic = handle.read(4)
     if magic != b"GGUF":
         raise ModelNotFoundError(f"the file {name!r} is not a GGUF file. Give a .gguf file or a model folder.")
-    return ModelSource("gguf", name, path.parent, path.name)
+    known = {recipe.file: recipe.hub_id for recipe in RECIPES.values()}
+    return ModelSource("gguf", name, path.parent, path.name, known.get(path.name))
 
 
 def _refuse_pointer(path: Path) -> None:

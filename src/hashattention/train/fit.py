@@ -80,7 +80,8 @@ def fit(
         On the CPU, its weights rounded to what is saved (`Recipe.weights`) and kept in float32.
     """
     bound = memory_bytes if memory_bytes is not None else _default_bytes(device)
-    at_once = len(base.layers) if targets is not None else max(1, bound // layer_bytes(recipe, base))
+    live = not _has_room(samples, recipe, base, device)
+    at_once = len(base.layers) if targets is not None else max(1, bound // layer_bytes(recipe, base, live=live))
     groups = [(first, min(first + at_once, len(base.layers))) for first in range(0, len(base.layers), at_once)]
     parts = []
     for number, (first, last) in enumerate(groups):
@@ -119,11 +120,20 @@ def _targets(samples: Samples, recipe: Recipe, base: BaseModel, first: int, last
     return LiveTargets(recipe, base)
 
 
-def layer_bytes(recipe: Recipe, base: BaseModel) -> int:
-    """Roughly what one step needs per layer, in bytes: score matrices of teacher and student, and activations."""
+def _has_room(samples: Samples, recipe: Recipe, base: BaseModel, device: torch.device) -> bool:
+    """Whether the targets of all layers can be stored beside these samples."""
+    if device.type != "cuda" or not isinstance(samples, MemoryShards):
+        return False
+    return stored_bytes(recipe, base, len(samples), len(base.layers)) < free_bytes(device) * STORED_SHARE
+
+
+def layer_bytes(recipe: Recipe, base: BaseModel, *, live: bool = True) -> int:
+    """Roughly what one step needs per layer, in bytes: score matrices of the student and, where its targets are made
+    in the step (`live`), of the teacher, and activations.
+    """
     seen = min(recipe.context, recipe.step_tokens or recipe.context)
     activations = 4 * seen * (sum(recipe.maps.widths) + recipe.maps.bits + 2 * base.head_dim)
-    teacher = 3 * base.num_attention_heads * recipe.context
+    teacher = 3 * base.num_attention_heads * recipe.context if live else 0
     student = (6 * recipe.maps.selection_heads(base) + recipe.maps.code_heads(base)) * seen
     return 4 * recipe.step_queries * (teacher + student) + 3 * recipe.maps.signature_heads(base) * activations
 

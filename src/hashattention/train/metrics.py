@@ -167,7 +167,7 @@ def measure_heads(
             exact = Exact.of(sample, budgets[0].sink, budgets[0].local)
             for name, maps in moved.items():
                 shares = None if maps is None or maps.shares is None else maps.shares[row]
-                scores = _scores(name, maps, exact, sample, base, row)
+                scores = method_scores(name, maps, exact, sample, base, row)
                 chosen = choose(scores, sample.positions, budgets, shares)
                 total[name][:, row] += torch.stack([exact.quality(each) for each in chosen]) / len(held_out)
             if progress is not None:
@@ -175,7 +175,8 @@ def measure_heads(
     return {name: table.cpu() for name, table in total.items()}
 
 
-def _scores(name: str, maps: HashMaps | None, exact: Exact, sample: Sample, base: BaseModel, row: int) -> Tensor:
+def method_scores(name: str, maps: HashMaps | None, exact: Exact, sample: Sample, base: BaseModel, row: int) -> Tensor:
+    """Scores ``[Hsel, N, T]`` (higher is taken first) of a method of `measure`, for one layer: row `row` of `base`."""
     if maps is not None:
         return hash_scores(maps.layer(base.layers[row]), sample, maps.config.selection_heads(base))
     assert name in EXACT + MORE, name

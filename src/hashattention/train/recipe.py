@@ -119,7 +119,7 @@ class Recipe:
     sampling: Literal["stratified", "chunk_tail"] = "stratified"
     first_position: float = 0.125
     loss: Loss = "distill"
-    pool: Pool = "peak_max"
+    pool: Pool = "mean"
     weigh: Weigh = "none"
     top: int = 64
     top_mix: float = 0.5
@@ -192,8 +192,10 @@ class Recipe:
 
     @classmethod
     def group(cls) -> Recipe:
-        """The default: group code, distillation."""
-        return cls()
+        """The default: group code, distillation; a step sees a quarter of a context of 8192 tokens, and there are twice
+        as many steps as `Recipe` has: better maps in the same time.
+        """
+        return cls(step_tokens=2048, steps=3000)
 
     @classmethod
     def paper(cls) -> Recipe:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 WORK = "work"
 SHARDS = "shards"
 #: Tokens a GPU reads at once while capturing.
-GPU_CHUNK = 16384
+GPU_CHUNK = 32768
 
 
 @dataclasses.dataclass(frozen=True)

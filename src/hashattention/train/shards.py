@@ -211,18 +211,19 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def sample_bytes(recipe: Recipe, base: BaseModel, *, held_out: bool) -> int:
-    """Bytes of one captured sequence (2-byte values)."""
+def sample_bytes(recipe: Recipe, base: BaseModel, *, held_out: bool, tokens: int | None = None) -> int:
+    """Bytes of one captured sequence (2-byte values) of `tokens`, by default of the recipe's context."""
     count = recipe.held_out_queries if held_out else recipe.queries
     kept = 2 if held_out or recipe.weigh != "none" else 1
-    rows = base.num_key_value_heads * recipe.context * kept + base.num_attention_heads * count
+    rows = base.num_key_value_heads * (tokens or recipe.context) * kept + base.num_attention_heads * count
     return 2 * len(base.layers) * base.head_dim * rows
 
 
 def capture_bytes(recipe: Recipe, base: BaseModel) -> int:
     """Bytes of all samples of a recipe."""
-    train, held = (sample_bytes(recipe, base, held_out=held_out) for held_out in (False, True))
-    return recipe.sequences * train + recipe.held_out * held  # shorter `lengths` need less
+    lengths = map(recipe.length, range(recipe.sequences))
+    train = sum(sample_bytes(recipe, base, held_out=False, tokens=tokens) for tokens in lengths)
+    return train + recipe.held_out * sample_bytes(recipe, base, held_out=True)
 
 
 def check_disk(folder: Path, needed: int, allowed: int | None) -> None:
