@@ -67,3 +67,13 @@ def test_the_commit_of_a_checkout(tmp_path):
 def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.commit() is None
+
+
+def test_outside_a_checkout_the_environment_may_name_it(monkeypatch, tmp_path):
+    monkeypatch.setenv(provenance.COMMIT, "0123456789ab")
+    assert provenance.commit(tmp_path) == "0123456789ab"
+    git(tmp_path, "init", "-q")
+    (tmp_path / "file").write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "one")
+    assert provenance.commit(tmp_path) == git(tmp_path, "rev-parse", "--short=12", "HEAD")

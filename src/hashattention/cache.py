@@ -4,6 +4,7 @@ beams.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
@@ -20,6 +21,14 @@ ROOM = 64
 def can_write(buffer: Tensor) -> bool:
     """Whether torch lets this code write into `buffer`: one made in inference mode is closed outside of it."""
     return torch.is_inference_mode_enabled() or not buffer.is_inference()
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Entries held by name, and copies of them where they may change."""
+
+    lengths: dict[Hashable, int]
+    contents: dict[Hashable, Tensor]
 
 
 class TokenCache:
@@ -79,6 +88,29 @@ class TokenCache:
                 grown[:, :, :held] = buffer[:, :, :held]
             buffer = self._buffers[name] = grown
         return buffer
+
+    def remember(self, contents: bool) -> Memory:
+        """What `recall` goes back to: how much is held now, and with `contents` a copy of it (without one, what is held
+        must not be written meanwhile).
+        """
+        held = self._buffers.items() if contents else ()
+        return Memory(dict(self._lengths), {name: buffer[:, :, : self.length(name)].clone() for name, buffer in held})
+
+    def recall(self, memory: Memory) -> bool:
+        """Back to the moment of `memory`, in the same buffers; False if some were made since, which are dropped."""
+        later = self._buffers.keys() - memory.lengths.keys()
+        for name in later:
+            del self._buffers[name], self._strides[name]
+        self._lengths = dict(memory.lengths)
+        for name, held in memory.contents.items():
+            self._buffers[name][:, :, : held.shape[2]] = held
+            self._buffers[name][:, :, held.shape[2] :] = 0
+        return not later
+
+    def advance(self, tokens: int) -> None:
+        """Count the entries of the first `tokens` tokens as held: somebody wrote them in place."""
+        for name, buffer in self._buffers.items():
+            self._lengths[name] = min(tokens // self._strides[name], buffer.shape[2])
 
     def crop(self, tokens: int) -> None:
         """Forget every token from position `tokens` on."""

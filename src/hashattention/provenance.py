@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 
 import hashattention
 
+#: Names the commit where the package lies in no checkout (an image, a copied folder).
+COMMIT = "HASHATTENTION_COMMIT"
 #: Libraries whose version can change a result.
 LIBRARIES = ("torch", "transformers", "safetensors", "triton", "vllm")
 
@@ -55,12 +58,14 @@ def command_line(arguments: list[str]) -> str:
 
 
 def commit(folder: Path | None = None) -> str | None:
-    """The git commit of the package's own checkout, with "+" if tracked files differ; None outside a checkout."""
+    """The git commit of the package's own checkout, with "+" if tracked files differ; outside a checkout what
+    `HASHATTENTION_COMMIT` says, or None.
+    """
     home = folder or Path(__file__).resolve().parent
     head = _git(home, "rev-parse", "--short=12", "HEAD")
     # An installed package may lie inside somebody else's checkout: its files are not tracked there.
     if not head or not _git(home, "ls-files", "."):
-        return None
+        return os.environ.get(COMMIT)
     return head + ("+" if _git(home, "status", "--porcelain", "--untracked-files=no", ".") else "")
 
 

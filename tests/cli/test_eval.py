@@ -99,3 +99,11 @@ def test_fetching_alone(invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_options_stay_with_their_method() -> None:
     found = verb._methods("dense, quest:page=16,bits=4,hash,oracle+sampled:fraction=0.5,seed=1")
     assert found == ("dense", "quest:page=16,bits=4", "hash", "oracle+sampled:fraction=0.5,seed=1")
+
+
+def test_a_run_that_is_out_of_time_goes_on(invoke, words, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert invoke("eval", *words, "--out", out, "--minutes", "0").exit_code == 0
+    assert not (out / ROWS).exists()
+    assert invoke("eval", *words, "--out", out, "--minutes", "60", "--no-logprobs").exit_code == 0
+    assert len(read(out)) == 8

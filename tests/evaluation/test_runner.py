@@ -245,7 +245,7 @@ def test_a_request_that_ends_at_once_is_measured(small_model, byte_tokenizer) ->
     (alone,), (reading,) = measure((0,), first)
     assert alone == ""
     assert reading.rows == ended.rows
-    # Eight steps of a growing cache against one: the mean budget differs.
+    # Two steps of a growing cache against one: the mean budget differs.
     assert measure((0,), None)[1][0].error != pytest.approx(reading.error)
     assert going.rows == measure((1,), first)[1][0].rows
 
@@ -266,6 +266,15 @@ def test_nothing_begins_after_its_time(plan, small_model, byte_tokenizer, small_
     assert rows == ()
     assert "out of time" in told[-1]
     assert not (tmp_path / ROWS).exists()
+
+
+def test_right_answers_need_not_be_weighed(plan, small_model, byte_tokenizer, tmp_path: Path) -> None:
+    one = dataclasses.replace(plan, methods=("dense",), tasks=("needle",), samples=1)
+    weighed = run(small_model, byte_tokenizer, one, tmp_path / "weighed")
+    plain = run(small_model, byte_tokenizer, dataclasses.replace(one, logprobs=False), tmp_path / "plain")
+    assert [row.logprob for row in plain] == [None]
+    assert weighed[0].logprob < 0
+    assert plain[0].answer == weighed[0].answer
 
 
 def test_shards_do_the_whole_together(plan, small_model, byte_tokenizer, tmp_path: Path, done) -> None:

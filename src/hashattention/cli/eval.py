@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,6 +46,10 @@ def eval_(
     local: Annotated[int, typer.Option(help="Last tokens that are always attended.")] = 64,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat format.")] = True,
     errors: Annotated[bool, typer.Option("--errors/--no-errors", help="Measure every layer's output error.")] = True,
+    logprobs: Annotated[bool, typer.Option("--logprobs/--no-logprobs", help="Weigh the right answers too.")] = True,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no method after so many minutes; the same command goes on.")
+    ] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Run samples together up to that many tokens; by default what a GPU takes.")
     ] = None,
@@ -83,11 +88,13 @@ def eval_(
         local=local,
         chat=chat,
         errors=errors,
+        logprobs=logprobs,
         batch_tokens=batch_tokens,
         shard=_shard(shard),
         question_tokens=question_tokens,
     )
-    rows = _run(model, plan, out, maps, where, dtype, resume)
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    rows = _run(model, plan, out, maps, where, dtype, resume, until)
     _show(rows, out)
     if as_json:
         from hashattention.evaluation.summary import summarise
@@ -96,7 +103,14 @@ def eval_(
 
 
 def _run(
-    model: str, plan: Plan, out: Path, maps: str | None, device: str, dtype: str | None, resume: bool
+    model: str,
+    plan: Plan,
+    out: Path,
+    maps: str | None,
+    device: str,
+    dtype: str | None,
+    resume: bool,
+    until: float | None,
 ) -> tuple[Row, ...]:
     from hashattention import HashMaps
     from hashattention.evaluation.result import ROWS
@@ -115,7 +129,7 @@ def _run(
         if loaded_maps is not None:
             loaded_maps = loaded_maps.to(device).requires_grad_(False)
         plan = dataclasses.replace(plan, model=_name(loaded))
-        return run(loaded.model, loaded.tokenizer, plan, out, maps=loaded_maps, progress=report)
+        return run(loaded.model, loaded.tokenizer, plan, out, maps=loaded_maps, progress=report, until=until)
 
 
 def _name(loaded: LoadedModel) -> str:

@@ -1,6 +1,4 @@
-"""One token of every request through a Llama-like decoder: what needs no cache is one CUDA graph between two layers'
-attention, so that a step costs the host little more than the attention itself.
-"""
+"""One token of every request through a Llama-like decoder, without the overhead of the model's own modules."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -19,70 +16,44 @@ KINDS = ("llama", "qwen2", "mistral")
 
 #: ``attend(layer, query, key, value)``: ``[B, Hq, 1, D]`` and the new token's ``[B, Hkv, 1, D]`` -> ``[B, Hq, 1, D]``.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-Stage = Callable[..., tuple[Tensor, ...]]
 
 
 class Decoder:
-    """Decoding steps of a model without its own modules' overhead.
+    """Decoding steps of a model; what attends is given.
 
     Parameters
     ----------
     model : PreTrainedModel
         One that `can_decode`.
-    graphs : bool
-        Capture CUDA graphs at the first step; every later one must have the same batch.
     """
 
-    def __init__(self, model: Any, graphs: bool) -> None:
+    def __init__(self, model: Any) -> None:
         self.inner, self.head = model.model, model.lm_head
         self.layers: Sequence[Any] = self.inner.layers
         attention = self.layers[0].self_attn
         self._rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        self._dim, self._graphs = attention.head_dim, graphs
-        self._stages: list[Stage] = []
+        self._dim = attention.head_dim
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Float32 logits ``[B, V]`` behind `tokens` at `positions`, both int64 ``[B]``; in inference mode."""
-        if not self._stages:
-            self._stages = self._make(tokens, positions)
-        hidden, cos, sin, *heads = self._stages[0](tokens[:, None], positions[:, None])
+        hidden, cos, sin, *heads = self._begin(tokens[:, None], positions[:, None])
         for index in range(len(self.layers)):
-            mixed = attend(index, *heads)
-            hidden, *heads = self._stages[index + 1](hidden, mixed, cos, sin)
+            hidden, *heads = self._end(index, hidden, attend(index, *heads), cos, sin)
         return hidden
-
-    def _make(self, tokens: Tensor, positions: Tensor) -> list[Stage]:
-        stages = [self._begin, *(self._between(index) for index in range(len(self.layers)))]
-        if not self._graphs:
-            return stages
-        pool, captured = torch.cuda.graph_pool_handle(), []
-        given: tuple[Tensor, ...] = tokens[:, None].clone(), positions[:, None].clone()
-        for number, stage in enumerate(stages):
-            captured.append(Replay(stage, given, pool))
-            hidden, *rest = captured[-1].outputs
-            if not number:
-                cos, sin, *rest = rest
-            # The attention's output has the query's shape.
-            given = (hidden, torch.zeros_like(rest[0]), cos, sin) if rest else ()
-        return list(captured)
 
     def _begin(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         hidden = self.inner.embed_tokens(tokens)
         cos, sin = self.inner.rotary_emb(hidden, positions)
         return hidden, cos, sin, *self._project(0, hidden, cos, sin)
 
-    def _between(self, index: int) -> Stage:
+    def _end(self, index: int, hidden: Tensor, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """From the attention of layer `index` to that of the next, or to the logits."""
         layer = self.layers[index]
-
-        def stage(hidden: Tensor, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-            hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-            if index + 1 == len(self.layers):
-                return (self.head(self.inner.norm(hidden))[:, 0].float(),)
-            return hidden, *self._project(index + 1, hidden, cos, sin)
-
-        return stage
+        hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        if index + 1 == len(self.layers):
+            return (self.head(self.inner.norm(hidden))[:, 0].float(),)
+        return hidden, *self._project(index + 1, hidden, cos, sin)
 
     def _project(self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         layer = self.layers[index]
@@ -93,31 +64,6 @@ class Decoder:
         )
         query, key = self._rotate(query, key, cos, sin)
         return query, key, value
-
-
-class Replay:
-    """A function of tensors as a CUDA graph: inputs that are not the captured tensors are copied into them."""
-
-    def __init__(self, function: Stage, inputs: tuple[Tensor, ...], pool: Any) -> None:
-        self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # Libraries take their work space at a first call, which a graph must not hold.
-            function(*inputs)
-            torch.cuda.synchronize()
-            self.graph.capture_begin(pool=pool)
-            self.outputs = function(*inputs)
-            self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """The outputs' tensors, which the next call writes again."""
-        for held, new in zip(self.inputs, given, strict=True):
-            if held.data_ptr() != new.data_ptr():
-                held.copy_(new)
-        self.graph.replay()
-        return self.outputs
 
 
 def can_decode(model: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hashattention.selectors.base import Selection, Step
+from hashattention.selectors.oracle import exact_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +129,8 @@ class Tally:
 def dense_weights(step: Step) -> Tensor:
     """Exact attention weights of this step over all valid tokens, float32 ``[B, Hq, T]`` (without a softcap)."""
     extent = step.extent
-    key = step.key[:, :, : extent.tokens].float()
-    grouped = step.query[:, :, 0].float().unflatten(1, (key.shape[1], -1))
-    logits = (grouped @ key.transpose(-1, -2) * step.scale).flatten(1, 2)
-    position = torch.arange(extent.tokens, device=key.device)
+    logits = exact_logits(step).flatten(1, 2)
+    position = torch.arange(extent.tokens, device=logits.device)
     outside = (position < extent.start[:, None]) | (position >= extent.end[:, None])
     if extent.mask is not None:
         outside = outside | ~extent.mask

@@ -21,7 +21,7 @@ TARGET_TOKENS = 64
 #: How often a growing answer is graded, in tokens.
 GRADE_EVERY = 8
 #: How often a GPU's answers are looked at, in tokens: the host waits for it then.
-HEAR_EVERY = 16
+HEAR_EVERY = 8
 #: Log-probabilities that are computed at once, of 4 bytes.
 LOGITS = 1 << 29
 
@@ -38,9 +38,16 @@ class Outcome:
 
 
 def answer(
-    reader: Reader, tokenizer: Any, questions: Sequence[Question], tokens: Sequence[Sequence[int]], meter: Meter
+    reader: Reader,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    tokens: Sequence[Sequence[int]],
+    meter: Meter,
+    weigh: bool = True,
 ) -> list[Outcome]:
-    """Read the questions' `tokens` (all of one length, perhaps 0) behind the contexts, then answer greedily."""
+    """Read the questions' `tokens` (all of one length, perhaps 0) behind the contexts, then answer greedily; `weigh`
+    the right answers too.
+    """
     logits = reader.logits
     if tokens[0]:
         logits = reader.forward(torch.tensor([list(one) for one in tokens], device=logits.device))[:, -1]
@@ -48,7 +55,8 @@ def answer(
     texts = _say(reader, tokenizer, questions, logits, meter)
     reader.rewind(mark)
     meter.until = -1
-    logprobs = _weigh(reader, [encode(tokenizer, question.target)[:TARGET_TOKENS] for question in questions], logits)
+    targets = [encode(tokenizer, question.target)[:TARGET_TOKENS] if weigh else [] for question in questions]
+    logprobs = _weigh(reader, targets, logits)
     return [
         Outcome(question.grade(text), text.strip(), logprob)
         for question, text, logprob in zip(questions, texts, logprobs, strict=True)

@@ -62,6 +62,8 @@ class Plan:
         That many of the last tokens of a prompt are sparse: the question, and what stands before it.
     errors : bool
         Also measure every layer's output error, at some steps.
+    logprobs : bool
+        Also read the right answers, for their log-probability.
     batch_tokens : int, optional
         Samples are run together up to that many tokens; 0: one by one. Default: what a GPU's free memory allows.
     marked : int
@@ -85,6 +87,7 @@ class Plan:
     chat: bool = True
     question_tokens: int = 128
     errors: bool = True
+    logprobs: bool = True
     batch_tokens: int | None = None
     marked: int = 3
     shard: tuple[int, int] = (0, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from hashattention.attention import SparseAttention
 from hashattention.config import Budget
 from hashattention.evaluation.decoder import Decoder, attend_densely, can_decode
+from hashattention.evaluation.fixed import FixedSteps
 from hashattention.evaluation.meter import Meter
 from hashattention.integrations.transformers import SLOT, Attachment, SelectedLayer, attach
 from hashattention.models.describe import attention_modules, dense_function, describe, text_config
@@ -63,7 +63,11 @@ class Reader:
         self.cache, self.logits = _read_all(model, contexts, self.width, room)
         self._meter: Meter | None = None
         self._first = next(iter(attention_modules(model).values()))
-        self._decoder = Decoder(model, graphs and model.device.type == "cuda") if can_decode(model) else None
+        self._decoder = Decoder(model) if can_decode(model) else None
+        #: Whether steps have one shape, and what makes them; the first of a method is not of that kind.
+        self.fixed = graphs and model.device.type == "cuda"
+        self._fixed: FixedSteps | None = None
+        self._begun = False
         self._held = self.mark()
 
     @property
@@ -89,8 +93,10 @@ class Reader:
 
     def forward(self, tokens: Tensor, keep: int = 1) -> Tensor:
         """Append `tokens` int64 ``[B, T]``; float32 logits of the last `keep` positions ``[B, keep, V]``."""
-        if tokens.shape[1] == 1 and self._decoder is not None:
-            return self._step(self._decoder, tokens[:, 0])[:, None]
+        sparse = hasattr(self._first, SLOT)
+        if self._decoder is not None and (tokens.shape[1] == 1 or (self.fixed and sparse)):
+            said = [self._step(self._decoder, token) for token in tokens.unbind(1)]
+            return torch.stack(said[-keep:], 1)
         held = self.slots
         total = held + tokens.shape[1]
         place = torch.arange(held, total, device=tokens.device) - self._front[:, None]
@@ -114,6 +120,10 @@ class Reader:
         held = self.slots
         sparse = self._observe(held + 1, held + 1)
         with torch.inference_mode():
+            fixed = self._fix(decoder, sparse, held)
+            if fixed is not None:
+                return fixed(tokens)
+            self._begun = True
             start = self._front.to(torch.int32)
             extent = Extent(start, torch.full_like(start, held + 1), held + 1, ends_full=True)
             mask = self._mask(held + 1)
@@ -132,8 +142,20 @@ class Reader:
                     index, query, keys, values, extent=extent, side=layer.side, scale=scale, softcap=0.0, dense=dense
                 )
 
-            # The decoder writes its next logits where these are.
-            return decoder(tokens, held - self._front, attend).clone()
+            return decoder(tokens, held - self._front, attend)
+
+    def _fix(self, decoder: Decoder, sparse: SparseAttention | None, held: int) -> FixedSteps | None:
+        """What makes the next step, if it has the shape of all others: nobody measures it, and there is room."""
+        measured = sparse is not None and (sparse.observer is not None or not self._begun)
+        if not self.fixed or measured:
+            return None
+        if self._fixed is None:
+            layers = [layer for layer in self.cache.layers if isinstance(layer, SelectedLayer) and layer.is_in_place]
+            if len(layers) < len(self.cache.layers):
+                return None
+            graph = self._front.is_cuda
+            self._fixed = FixedSteps(decoder, layers, self._front, sparse, graph)
+        return self._fixed if held < self._fixed.room else None
 
     def _mask(self, tokens: int) -> Tensor | None:
         """What hides the padding when added to logits ``[B, 1, 1, tokens]``."""
@@ -155,7 +177,9 @@ class Reader:
 
     def mark(self) -> list[dict[str, Any]]:
         """A moment, for `rewind`: how many slots are filled, and what a method keeps beside them."""
-        return [_remember(layer) for layer in self.cache.layers]
+        handle: Attachment | None = getattr(self._first, SLOT, None)
+        accumulates = handle is not None and handle.attention.selector.accumulates
+        return [_remember(layer, accumulates) for layer in self.cache.layers]
 
     def rewind(self, mark: list[dict[str, Any]]) -> None:
         """Back to the moment of `mark`; its side tensors are in use again from here on."""
@@ -166,10 +190,14 @@ class Reader:
             # Older releases of transformers take a crop by 0 for one to 0.
             if over := layer.get_seq_length() - memory["slots"]:
                 layer.crop(-over)
-            layer.side = memory["side"]
+            with torch.inference_mode():
+                same = layer.side.recall(memory["side"])
+            # Its steps would write where nothing is kept any more.
+            self._fixed = self._fixed if same else None
 
     def forget(self) -> None:
         """Back to where the contexts end, without any side tensors."""
+        self._fixed, self._begun = None, False
         self.rewind(self._held)
         for layer in self.cache.layers:
             if isinstance(layer, SelectedLayer):
@@ -270,13 +298,8 @@ def _by_rows(model: Any, cache: Any) -> Iterator[None]:
 BY_ROWS = "hash_attention_by_rows"
 
 
-def _remember(layer: Any) -> dict[str, Any]:
+def _remember(layer: Any, contents: bool) -> dict[str, Any]:
     if not isinstance(layer, SelectedLayer):
         # Such a layer makes new tensors at every step: the old ones stay as they are.
         return dict(layer.__dict__)
-    held = layer.side
-    layer.side = copy.copy(held)
-    # Both calls leave `held` as it is and give the other one tensors and lengths of its own.
-    layer.side.select(torch.arange(layer.keys.shape[0], device=layer.keys.device))
-    layer.side.crop(layer.get_seq_length())
-    return {"slots": layer.get_seq_length(), "side": held}
+    return {"slots": layer.get_seq_length(), "side": layer.side.remember(contents)}

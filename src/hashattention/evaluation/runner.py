@@ -27,7 +27,7 @@ from hashattention.models.describe import describe, text_config
 Progress = Callable[[str, int, int], None]
 
 #: Answer steps that are measured, every how manyth of them for its error too, and of a predicted tail each how manyth.
-STEPS, ERRORS, EVERY = 8, 4, 16
+STEPS, ERRORS, EVERY = 2, 1, 16
 #: More tokens than any cache.
 ALL = 1 << 30
 #: Digits of the attention weights that are kept.
@@ -195,7 +195,7 @@ class _Evaluation:
         tails = [job.tail for job in batch]
         questions = [job.sample for job in batch if isinstance(job.sample, Question)]
         if questions:
-            return outcome.answer(reader, self.tokenizer, questions, tails, meter)
+            return outcome.answer(reader, self.tokenizer, questions, tails, meter, self.plan.logprobs)
         return outcome.predict(reader, tails) if dense is None else outcome.agree(reader, dense)
 
     def row(

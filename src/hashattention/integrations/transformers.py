@@ -52,12 +52,21 @@ class SelectedLayer(DynamicLayer):
         self.values = self._append("values", self.values, value_states)
         return self.keys, self.values
 
-    def _append(self, name: str, held: Tensor, new: Tensor) -> Tensor:
-        tokens, total = held.shape[2], held.shape[2] + new.shape[2]
+    @property
+    def is_in_place(self) -> bool:
+        """Whether keys and values lie in buffers of this layer."""
+        return all(self._buffer(name, getattr(self, name)) is not None for name in ("keys", "values"))
+
+    def _buffer(self, name: str, held: Tensor) -> Tensor | None:
         buffer = self._buffers.get(name)
         # A reorder or a selection leaves other tensors here; a crop leaves a view of the same memory.
         same = buffer is not None and buffer.data_ptr() == held.data_ptr() and buffer.stride() == held.stride()
-        if buffer is None or not same or total > buffer.shape[2] or not can_write(buffer):
+        return buffer if same else None
+
+    def _append(self, name: str, held: Tensor, new: Tensor) -> Tensor:
+        tokens, total = held.shape[2], held.shape[2] + new.shape[2]
+        buffer = self._buffer(name, held)
+        if buffer is None or total > buffer.shape[2] or not can_write(buffer):
             buffer = allocate(held, (*held.shape[:2], total + max(64, total // 8), held.shape[3]))
             buffer[:, :, :tokens] = held
             self._buffers[name] = buffer

@@ -3,6 +3,7 @@
 from hashattention.ops.attend import attend
 from hashattention.ops.decode import NewKey, decode, group_queries
 from hashattention.ops.encode import encode_query, encode_signature, write_signature
+from hashattention.ops.logits import logits
 from hashattention.ops.score import score
 from hashattention.ops.select import score_select, select
 
@@ -13,6 +14,7 @@ __all__ = [
     "encode_query",
     "encode_signature",
     "group_queries",
+    "logits",
     "score",
     "score_select",
     "select",

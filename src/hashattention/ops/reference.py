@@ -157,6 +157,12 @@ def gather_tokens(cache: Tensor, indices: Tensor, block_table: Tensor | None = N
     return cache[block_table.long()[request, token // size], head[None, :, None], token % size]
 
 
+def logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """float32 ``[B, Hq, T]``: scale * q . k of every query head with the keys of its KV head."""
+    grouped = q[:, :, 0].float().unflatten(1, (k.shape[1], -1))
+    return (grouped @ k.float().transpose(-1, -2) * scale).flatten(1, 2)
+
+
 def attend(
     q: Tensor,
     k: Tensor,

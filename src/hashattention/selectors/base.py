@@ -84,11 +84,14 @@ class Selector(ABC):
         Layers it can serve (None: all); the others stay dense.
     reads_positions : bool
         It reads the tokens' rotary positions (`Extent.positions`).
+    accumulates : bool
+        What it keeps beside the cache grows with every step, and cannot be made again from the keys.
     """
 
     share: SelectionShare = "group"
     layers: tuple[int, ...] | None = None
     reads_positions: bool = False
+    accumulates: bool = False
 
     @abstractmethod
     def select(self, step: Step) -> Selection:

@@ -25,6 +25,8 @@ class H2oSelector(Selector):
         True, the paper's: a token that once was not selected never comes back as a heavy one.
     """
 
+    accumulates = True
+
     def __init__(self, evict: bool = True) -> None:
         self.evict = evict
 
@@ -37,7 +39,8 @@ class H2oSelector(Selector):
         if started:
             received.scatter_add_(2, chosen.indices.clamp(min=0).long(), self._pay(step, chosen))
         if self.evict:
-            received.masked_fill_(~chosen.held(tokens), -torch.inf)
+            # Slots that no token has filled yet are not lost to the one that comes.
+            received.masked_fill_(~chosen.held(tokens) & rows.valid(tokens)[:, None], -torch.inf)
         return chosen
 
     def _begin(self, step: Step, first: int) -> Tensor:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from hashattention import ops
 from hashattention.selectors.base import Step
 from hashattention.selectors.scored import ScoredSelector
 
 
 def exact_logits(step: Step) -> Tensor:
     """Attention logits of every query head and token (no softcap), float32 ``[B, Hkv, G, T]``."""
-    query, keys = step.grouped_query(), step.keys()
-    if keys.is_cuda and keys.dtype == step.query.dtype != torch.float32:
-        # The same products and sums, without a float32 copy of all keys.
-        flat = query.to(keys.dtype).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
-        return torch.bmm(*flat, out_dtype=torch.float32).unflatten(0, keys.shape[:2]) * step.scale
-    return query @ keys.float().transpose(-1, -2) * step.scale
+    keys = step.keys()
+    query = step.query if step.query.dtype == keys.dtype else step.query.to(keys.dtype)
+    return ops.logits(query, keys, scale=step.scale).unflatten(1, (keys.shape[1], -1))
 
 
 class OracleSelector(ScoredSelector):

@@ -14,6 +14,7 @@ from torch import Tensor
 from hashattention.ops.triton.attend import attend
 from hashattention.ops.triton.decode import decode, decode_step
 from hashattention.ops.triton.encode import LAST_STAGE_BYTES, encode_query, encode_signature, write_signature
+from hashattention.ops.triton.logits import logits
 from hashattention.ops.triton.score import score
 from hashattention.ops.triton.select import MOST_LEVELS, levels_of, score_select
 from hashattention.ops.triton.select_scores import select
@@ -24,6 +25,7 @@ __all__ = [
     "decode_step",
     "encode_query",
     "encode_signature",
+    "logits",
     "refuse",
     "score",
     "score_select",
