@@ -11,6 +11,7 @@ to 1/128. A text that is too short gives fewer sequences; one that gives none is
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -26,14 +27,14 @@ from hashattention.maps import HashMaps
 from hashattention.models.capture import Sample, capture
 from hashattention.models.describe import describe
 from hashattention.models.source import LoadedModel, load_model
-from hashattention.train.metrics import EXACT, Exact, choose, method_scores
+from hashattention.train.metrics import Exact, choose, method_scores
 from hashattention.train.recipe import Recipe
 from hashattention.train.run import GPU_CHUNK
 from hashattention.train.shards import draw_positions
 from hashattention.train.text import sequences
 
 BUDGETS = [Budget(heavy=share) for share in (1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128)]
-METHODS = ("exact_shared", *EXACT[1:], "quest")
+METHODS = ("exact_shared", "exact_per_head", "quest")
 FIELDS = ("error", "kept_mass", "recall", "rows_read", "share_read")
 
 
@@ -41,7 +42,9 @@ class Cell:
     """One text at one context: what all methods select for the same queries."""
 
     def __init__(self, loaded: LoadedModel, maps: dict[str, HashMaps], where: str, context: int, count: int) -> None:
-        self.model, self.base, self.maps = loaded.model, describe(loaded.model), maps
+        self.model, self.maps, base = loaded.model, maps, describe(loaded.model)
+        layers = [layer for layer in base.layers if all(layer in each.model.layers for each in maps.values())]
+        self.base = dataclasses.replace(base, layers=tuple(layers))
         self.tokens = cut(loaded, where, context, count)
         recipe = Recipe(context=context, held_out_queries=64, queries=1, step_queries=1)
         self.positions = [draw_positions(recipe, number, held_out=True) for number in range(len(self.tokens))]
@@ -124,7 +127,8 @@ def main() -> None:
             cell = Cell(loaded, maps, where, context, given.sequences)
             if not cell.tokens:
                 continue
-            shared = {"study": "lengths", "model": name, "text": text, "context": context}
+            shared: dict[str, Any] = {"study": "lengths", "model": name, "text": text, "context": context}
+            shared["layers"] = len(cell.base.layers)
             shared |= {"sequences": len(cell.tokens), "queries": len(cell.positions[0]), "sink": 16, "local": 64}
             origin = provenance.origin(given.device, provenance.command_line(["python", *sys.argv]))
             found = rows(cell.measure(), shared, maps)
