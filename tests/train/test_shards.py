@@ -108,6 +108,9 @@ def test_bytes_are_those_of_the_tensors():
     assert shards.sample_bytes(recipe, BASE, held_out=True) == 2 * 3 * 16 * (2 * 2 * 128 + 4 * 3)
     each = [shards.sample_bytes(recipe, BASE, held_out=side) for side in (False, True)]
     assert shards.capture_bytes(recipe, BASE) == 2 * each[0] + each[1]
+    short = dataclasses.replace(recipe, lengths=(128, 64))
+    half = shards.sample_bytes(recipe, BASE, held_out=False, tokens=64)
+    assert half < each[0] and shards.capture_bytes(short, BASE) == each[0] + half + each[1]
 
 
 def test_too_little_disk_is_refused_before_the_start(tmp_path):
