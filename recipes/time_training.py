@@ -107,6 +107,7 @@ def named_model(given: argparse.Namespace) -> LoadedModel:
 def choose(given: argparse.Namespace) -> Recipe:
     """The recipe with what the command line changes; `--tiny` is the same in small, for a dry run."""
     recipe = adjust(Recipe.from_toml(given.recipe), steps=given.steps, sequences=given.sequences)
+    recipe = dataclasses.replace(recipe, weigh=given.weigh or recipe.weigh)
     if not given.tiny:
         return recipe
     lengths = tuple(max(128, length // 64) for length in recipe.lengths)
@@ -164,6 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=Path, required=True, help="the row is added to this file")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--sequences", type=int)
+    parser.add_argument("--weigh", choices=("none", "value", "output"), help="in place of the recipe's")
     parser.add_argument("--tiny", action="store_true", help="a dry run of a minute on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
