@@ -35,6 +35,7 @@ def test_an_origin_says_what_is_needed_and_no_more(monkeypatch):
         (["/usr/bin/python", "-m", "x", "a b"], "python -m x 'a b'"),
         (["run", "--out", "/home/me/maps", "texts/train"], "run --out maps texts/train"),
         (["run", "--rate=5e-3", "--out=/tmp/x"], "run --rate=5e-3 --out=x"),
+        (["/opt/lib/hashattention/__main__.py", "lab", "study.toml"], "hashattention lab study.toml"),
     ],
 )
 def test_a_command_line_tells_no_home(words, line):

@@ -53,8 +53,11 @@ def origin(device: Any = "cpu", command: str | None = None) -> dict[str, Any]:
 
 
 def command_line(arguments: list[str]) -> str:
-    """`arguments` as one shell line; an absolute path is cut to its last part, so that no home folder is told."""
-    return shlex.join([_public(word) for word in arguments])
+    """`arguments` as one shell line; an absolute path is cut to its last part, so that no home folder is told, and
+    ``python -m package`` is the package's name.
+    """
+    package = Path(arguments[0]).parent.name if arguments and Path(arguments[0]).name == "__main__.py" else ""
+    return shlex.join([_public(word) for word in ([package, *arguments[1:]] if package else arguments)])
 
 
 def commit(folder: Path | None = None) -> str | None:
