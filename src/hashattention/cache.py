@@ -120,6 +120,13 @@ class TokenCache:
         """Keep (or reorder, or repeat) the batch rows `requests` int64 ``[B']``."""
         self._buffers = {name: buffer[requests.to(buffer.device)] for name, buffer in self._buffers.items()}
 
+    def narrow(self, requests: Tensor) -> TokenCache:
+        """A cache of its own for the batch rows `requests` int64 ``[B']``; this one stays as it is."""
+        other = TokenCache()
+        other._buffers = {name: buffer[requests] for name, buffer in self._buffers.items()}
+        other._lengths, other._strides = dict(self._lengths), dict(self._strides)
+        return other
+
     def repeat(self, times: int) -> None:
         """Repeat every batch row `times` times, interleaved."""
         self._buffers = {name: buffer.repeat_interleave(times, dim=0) for name, buffer in self._buffers.items()}

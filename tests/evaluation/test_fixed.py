@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from tests.tiny import build
@@ -73,6 +75,32 @@ def test_measured_steps_between_them(model, method: str) -> None:
     for one, other in zip(meters[1].readings(), meters[0].readings(), strict=True):
         assert one.attended == pytest.approx(other.attended)
         assert one.error == pytest.approx(other.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("method", ["dense", "h2o", "quest", "double_sparsity", "hash"])
+def test_some_go_on_alone(model, method: str, fixed: bool) -> None:
+    """And then all of them, as if nothing had been."""
+    selector = select(model, method)
+
+    def run(alone: bool) -> list[torch.Tensor]:
+        reader, said = read(model, fixed), []
+        with reader.serve(selector, BUDGET):
+            reader.forward(TAIL)
+            for token in range(40, 45):
+                reader.forward(torch.tensor([[token], [token + 9], [token + 20]]))
+            mark = reader.mark()
+            rows = [2, 0] if alone else [0, 1, 2]
+            with reader.narrowed(rows) if alone else contextlib.nullcontext():
+                for token in range(60, 70):
+                    tokens = torch.tensor([[token], [token + 9], [token + 20]])[rows]
+                    said.append(reader.forward(tokens)[[1, 0] if alone else [0, 2]])
+            reader.rewind(mark)
+            said.append(reader.forward(TAIL))
+        return said
+
+    for found, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_they_are_used_where_they_can_be(model) -> None:

@@ -205,6 +205,39 @@ def test_answers_end_where_they_should(small_model, byte_tokenizer) -> None:
     assert outcome._say(reader, Letters(), questions, reader.logits, Meter(0, 0)) == ["", "", ""]
 
 
+def test_the_last_answers_go_on_alone(small_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hashattention import Budget
+    from hashattention.evaluation.meter import Meter
+    from hashattention.evaluation.tasks.base import Question
+    from hashattention.selectors.h2o import H2oSelector
+
+    contexts = [list(range(first, first + 30 + 7 * first)) for first in (3, 5, 2, 6)]
+    questions = [Question(str(most), "", "", (), float, most) for most in (3, 9, 5, 20)]
+
+    class Letters:
+        eos_token_id = None
+
+        @staticmethod
+        def decode(tokens: list[int], skip_special_tokens: bool) -> str:
+            return "".join(chr(65 + token % 26) for token in tokens)
+
+    def say(share: float) -> tuple[list[str], list[int]]:
+        monkeypatch.setattr(outcome, "NARROW", share)
+        reader = Reader(small_model, contexts)
+        sizes: list[int] = []
+        forward = reader.forward
+        reader.forward = lambda tokens: sizes.append(len(tokens)) or forward(tokens)
+        with reader.serve(H2oSelector(), Budget(density=0.25, sink=2, local=4)):
+            texts = outcome._say(reader, Letters(), questions, reader.logits, Meter(0, 0))
+            assert len(reader.padding) == reader.cache.layers[0].keys.shape[0] == 4
+        return texts, sizes
+
+    together, apart = say(0.0), say(0.8)
+    assert together[0] == apart[0]
+    assert set(together[1]) == {4}
+    assert apart[1] == [4] * 2 + [3] * 2 + [2] * 4 + [1] * 11
+
+
 def test_an_answer_may_end_with_its_line(small_model, byte_tokenizer) -> None:
     from hashattention.evaluation.tasks.base import Question
 

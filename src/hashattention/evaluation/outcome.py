@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ TARGET_TOKENS = 64
 GRADE_EVERY = 8
 #: How often a GPU's answers are looked at, in tokens: the host waits for it then.
 HEAR_EVERY = 8
+#: The requests that still answer go on alone where they are at most this share of all: a copy of their cache pays then.
+NARROW = 0.25
 #: Log-probabilities that are computed at once, of 4 bytes.
 LOGITS = 1 << 29
 
@@ -66,25 +69,31 @@ def answer(
 def _say(reader: Reader, tokenizer: Any, questions: Sequence[Question], logits: Tensor, meter: Meter) -> list[str]:
     """Greedy answers; a request that has ended runs along unheard."""
     stops = torch.tensor(sorted(_stops(reader.model, tokenizer)), device=logits.device)
-    listeners = [_Listener(question, tokenizer, set(stops.tolist())) for question in questions]
+    everybody = [_Listener(question, tokenizer, set(stops.tolist())) for question in questions]
+    listeners = everybody
     ended = torch.zeros(len(questions), dtype=torch.bool, device=logits.device)
     told: list[Tensor] = []
     every = HEAR_EVERY if logits.is_cuda else 1
-    for step in itertools.count():
-        best = logits.argmax(-1)
-        told.append(best)
-        ended = ended | torch.isin(best, stops)
-        # Every answer has all the steps that are measured, whatever others are in its batch.
-        if len(told) >= every and reader.slots >= meter.until:
-            for listener, tokens in zip(listeners, torch.stack(told, 1).tolist(), strict=True):
-                listener.hear(tokens)
-            told.clear()
-            if all(listener.done for listener in listeners):
-                break
-        # The first step counts for every request, so that each has been measured.
-        meter.active = (~ended).float() if step else None
-        logits = reader.forward(best[:, None])[:, -1]
-    return [listener.text() for listener in listeners]
+    with contextlib.ExitStack() as stack:
+        for step in itertools.count():
+            best = logits.argmax(-1)
+            told.append(best)
+            ended = ended | torch.isin(best, stops)
+            # Every answer has all the steps that are measured, whatever others are in its batch.
+            if len(told) >= every and reader.slots >= meter.until:
+                for listener, tokens in zip(listeners, torch.stack(told, 1).tolist(), strict=True):
+                    listener.hear(tokens)
+                told.clear()
+                going = [place for place, listener in enumerate(listeners) if not listener.done]
+                if not going:
+                    break
+                if len(going) <= NARROW * len(listeners) and reader.can_narrow:
+                    stack.enter_context(reader.narrowed(going))
+                    best, ended, listeners = best[going], ended[going], [listeners[place] for place in going]
+            # The first step counts for every request, so that each has been measured.
+            meter.active = (~ended).float() if step else None
+            logits = reader.forward(best[:, None])[:, -1]
+    return [listener.text() for listener in everybody]
 
 
 class _Listener:

@@ -175,6 +175,25 @@ class Reader:
             handle.attention = dataclasses.replace(handle.attention, observer=observer)
         return handle.attention
 
+    @property
+    def can_narrow(self) -> bool:
+        """Whether some requests may go on without the others."""
+        return all(isinstance(layer, SelectedLayer) for layer in self.cache.layers)
+
+    @contextlib.contextmanager
+    def narrowed(self, places: Sequence[int]) -> Iterator[None]:
+        """Only the requests at `places` go on, in a cache of their own; then all are there again, where they were."""
+        held = self.cache.layers, self.padding, self._front, self._fixed
+        rows = torch.tensor(list(places), device=self._front.device)
+        with torch.inference_mode():
+            self.cache.layers = [layer.narrow(rows) for layer in self.cache.layers]
+            self.padding, self._front = tuple(self.padding[place] for place in places), self._front[rows]
+        self._fixed = None
+        try:
+            yield
+        finally:
+            self.cache.layers, self.padding, self._front, self._fixed = held
+
     def mark(self) -> list[dict[str, Any]]:
         """A moment, for `rewind`: how many slots are filled, and what a method keeps beside them."""
         handle: Attachment | None = getattr(self._first, SLOT, None)

@@ -80,6 +80,17 @@ class SelectedLayer(DynamicLayer):
         adopted.__dict__.update(layer.__dict__)
         return adopted
 
+    def narrow(self, requests: Tensor) -> SelectedLayer:
+        """A layer of its own for the batch rows `requests` int64 ``[B']``, with as much room; this one stays."""
+        other = type(self).adopt(self)
+        other.side = self.side.narrow(requests)
+        other._buffers = {name: buffer[requests] for name, buffer in self._buffers.items()}
+        for name in ("keys", "values"):
+            held = getattr(self, name)
+            inside = self._buffer(name, held) is not None
+            setattr(other, name, other._buffers[name][:, :, : held.shape[2]] if inside else held[requests])
+        return other
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens (as `DynamicLayer.crop`)."""
         super().crop(tokens_to_remove)
