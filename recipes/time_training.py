@@ -106,7 +106,7 @@ def named_model(given: argparse.Namespace) -> LoadedModel:
 
 def choose(given: argparse.Namespace) -> Recipe:
     """The recipe with what the command line changes; `--tiny` is the same in small, for a dry run."""
-    recipe = adjust(Recipe.from_toml(given.recipe), steps=given.steps, sequences=given.sequences)
+    recipe = adjust(Recipe.named(given.recipe), steps=given.steps, sequences=given.sequences)
     recipe = dataclasses.replace(recipe, weigh=given.weigh or recipe.weigh)
     if not given.tiny:
         return recipe
@@ -158,7 +158,7 @@ def parse() -> argparse.Namespace:
     which.add_argument("--model", help="a model folder, hub id, .gguf file or packaged name")
     which.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
     parser.add_argument("--tokenizer", help="a folder whose tokenizer is taken in place of the model's own")
-    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--recipe", required=True, help="group, paper, or a TOML file")
     parser.add_argument("--text", required=True)
     parser.add_argument("--held-out")
     parser.add_argument("--out", type=Path, required=True, help="the maps folder")

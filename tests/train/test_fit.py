@@ -146,6 +146,16 @@ def test_sequences_of_several_lengths_are_one_course():
         assert all(tensor.isfinite().all() for tensor in maps.state_dict().values())
 
 
+def test_a_step_with_stored_targets_has_room_for_more_layers(monkeypatch):
+    recipe, gpu = tiny_recipe(context=4096, step_tokens=256), torch.device("cuda")
+    assert layer_bytes(recipe, BASE, live=False) < layer_bytes(recipe, BASE) / 4
+    needed = stored_bytes(recipe, BASE, 4, len(BASE.layers))
+    for free, held in ((2 * needed, True), (needed, False)):
+        monkeypatch.setattr(fit_module, "free_bytes", lambda device, free=free: free)
+        assert fit_module._has_room(samples(tiny_recipe()), recipe, BASE, gpu) is held
+    assert not fit_module._has_room(samples(tiny_recipe()), recipe, BASE, CPU)
+
+
 def test_draws_are_planned_many_steps_at_once(monkeypatch, tmp_path):
     """Planned anew in every step they took most of its time; a resumed course plans from where it stopped."""
     planned = []
