@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import lzma
 from pathlib import Path
 
 import pytest
 
 from hashattention.errors import ConfigError, InputError
-from hashattention.evaluation.result import ROWS, Marked, Reading, Results, Row, pairs, read, read_marked
+from hashattention.evaluation.result import PACKED, ROWS, Marked, Reading, Results, Row, pairs, read, read_marked
 
 ROW = Row("ruler:vt", 4096, "3", "quest:page=16", 0.125, 0.5, budget=(16, 64, 432), expected=("A", "é\n"), error=(0.1,))
 
@@ -21,6 +22,22 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     again = Results(tmp_path / "new" / "folder")
     assert ROW.key in again
     assert dataclasses.replace(ROW, seed=1).key not in again
+
+
+def test_packed_rows_come_before_the_others(tmp_path: Path) -> None:
+    Results(tmp_path).append(ROW)
+    plain = tmp_path / ROWS
+    (tmp_path / PACKED).write_bytes(lzma.compress(plain.read_bytes()))
+    plain.unlink()
+    assert read(tmp_path) == (ROW,)
+    results = Results(tmp_path)
+    assert ROW.key in results
+    other = dataclasses.replace(ROW, sample="4")
+    results.append(other)
+    assert read(tmp_path) == (ROW, other)
+    (tmp_path / PACKED).write_bytes(b"no archive")
+    with pytest.raises(InputError, match="is damaged"):
+        read(tmp_path)
 
 
 def test_a_torn_line_is_cut_and_written_again(tmp_path: Path) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import lzma
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hashattention.config import from_mapping
 from hashattention.errors import ConfigError, InputError
 
-#: The file of rows in a result folder.
-ROWS = "rows.jsonl"
+#: The file of rows in a result folder, and what may hold those that came before, packed by `xz`.
+ROWS, PACKED = "rows.jsonl", "rows.jsonl.xz"
 
 #: Bytes of a number of K or V.
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -207,7 +208,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.path = folder, folder / ROWS
         _cut_torn_line(self.path)
-        self.rows = list(read(folder)) if self.path.exists() else []
+        self.rows = list(read(folder)) if self.path.exists() or (folder / PACKED).exists() else []
         self._keys = {row.key for row in self.rows}
 
     def __contains__(self, key: Key) -> bool:
@@ -251,25 +252,33 @@ def read(folder: Path) -> tuple[Row, ...]:
     Raises
     ------
     InputError
-        If there is no such file, or a line in it is not a row; the line is named.
+        If there is no such file, it is damaged, or a line in it is not a row; the line is named.
     """
-    path = folder / ROWS
-    if not path.is_file():
+    paths = [path for name in (PACKED, ROWS) if (path := folder / name).is_file()]
+    if not paths:
         raise InputError(f"no {ROWS} in {folder}; give the --out folder of hashattention eval.")
-    rows: dict[Key, Row] = {}
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        # What an interrupted run left after the last line's end is no row.
-        if not line or number == len(lines):
+    return tuple({row.key: row for path in paths for row in _read_file(path)}.values())
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    lines = (_unpack(path) if path.name == PACKED else path.read_bytes()).split(b"\n")
+    # What an interrupted run left after the last line's end is no row.
+    for number, line in enumerate(lines[:-1], 1):
+        if not line:
             continue
         try:
-            row = from_mapping(Row, json.loads(line), f"{path.name}, line {number}")
+            yield from_mapping(Row, json.loads(line), f"{path.name}, line {number}")
         except (ValueError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise InputError(f"{path}, line {number} is not a row ({error}); remove the line.") from error
-        rows[row.key] = row
-    return tuple(rows.values())
+
+
+def _unpack(path: Path) -> bytes:
+    try:
+        return lzma.decompress(path.read_bytes())
+    except lzma.LZMAError as error:
+        raise InputError(f"{path} is damaged ({error}); pack the rows again with `xz`.") from error
 
 
 def read_marked(folder: Path) -> tuple[Marked, ...]:
