@@ -54,6 +54,17 @@ def test_another_place_without_pictures(invoke, folder: Path, tmp_path: Path) ->
     assert done.stdout == ""
 
 
+def test_some_densities_alone(invoke, refused, last_json, tmp_path: Path) -> None:
+    rows = [row for row in make_rows(methods=2, samples=1) if row.task == "ruler:vt"]
+    folder = write_results(tmp_path / "results", rows, documents=0)
+    done = invoke("report", folder, "--no-png", "--density", "1/16", "--json")
+    (board,) = last_json(done)["boards"]
+    assert {entry["density"] for entry in board["entries"]} == {1.0, 1 / 16}
+    done = invoke("report", folder, "--no-png", "--json")
+    assert len(last_json(done)["boards"][0]["entries"]) > len(board["entries"])
+    assert "must be a number or a fraction" in refused("report", folder, "--density", "half")
+
+
 def test_folders_that_hold_no_rows(refused, tmp_path: Path) -> None:
     assert "hashattention eval" in refused("report", tmp_path / "nowhere")
     (tmp_path / ROWS).write_text("")

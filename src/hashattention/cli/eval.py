@@ -77,7 +77,7 @@ def eval_(
     plan = Plan(
         tasks=_words(tasks),
         methods=_methods(methods),
-        densities=tuple(_fraction(word) for word in _words(density)),
+        densities=parse_densities(density),
         lengths=tuple(_whole(word) for word in _words(length)),
         samples=samples,
         seed=seed,
@@ -172,6 +172,14 @@ def _cells(found: Summary) -> tuple[str, ...]:
     )
 
 
+def parse_densities(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers or fractions."""
+    try:
+        return tuple(float(Fraction(word)) for word in _words(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"density must be a number or a fraction, as 1/16; given {text!r}.") from error
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
@@ -185,13 +193,6 @@ def _methods(text: str) -> tuple[str, ...]:
         else:
             found.append(word)
     return tuple(found)
-
-
-def _fraction(text: str) -> float:
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"density must be a number or a fraction, as 1/16; given {text!r}.") from error
 
 
 def _shard(text: str) -> tuple[int, int]:

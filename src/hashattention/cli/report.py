@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hashattention.cli.block import Block
+from hashattention.cli.eval import parse_densities
 from hashattention.cli.output import check_folder, console, emit, grid, progress, write
 
 if TYPE_CHECKING:
@@ -27,13 +28,14 @@ def report(
     markdown: Annotated[
         Path | None, typer.Option(help="Also write the table there, or between the leaderboard markers of that file.")
     ] = None,
+    density: Annotated[str | None, typer.Option(help="Only dense and these densities, comma-separated: 1/16.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Show what an evaluation found: a leaderboard, plots, needle maps and marked documents on one page."""
     from hashattention.report import leaderboard, leaderboard_page, leaderboard_table
 
     leaderboard_page.check_dependencies()
-    boards, documents = leaderboard.load(folder)
+    boards, documents = leaderboard.load(folder, None if density is None else parse_densities(density))
     page = folder / NAME if out is None else out
     for path in (page, markdown):
         if path is not None:

@@ -104,8 +104,8 @@ class Board:
         return next(entry for entry in self.entries if entry.place == place)
 
 
-def load(folder: Path) -> tuple[tuple[Board, ...], tuple[Marked, ...]]:
-    """The boards and the marked documents of a result folder.
+def load(folder: Path, densities: Sequence[float] | None = None) -> tuple[tuple[Board, ...], tuple[Marked, ...]]:
+    """The boards and the marked documents of a result folder; with `densities`, of dense and these alone.
 
     Raises
     ------
@@ -113,8 +113,11 @@ def load(folder: Path) -> tuple[tuple[Board, ...], tuple[Marked, ...]]:
         If it has no rows, or a line or file in it is not what it should be; the line is named.
     """
     rows = read(folder)
+    if densities is not None:
+        rows = tuple(row for row in rows if row.method == DENSE or row.density in densities)
     if not rows:
-        raise InputError(f"{folder / ROWS} has no rows; run hashattention eval with --out {folder} first.")
+        which = "" if densities is None else f" at density {', '.join(f'{each:g}' for each in densities)}"
+        raise InputError(f"{folder / ROWS} has no rows{which}; run hashattention eval with --out {folder} first.")
     for row in rows:
         _check(row, folder)
     try:
