@@ -35,7 +35,7 @@ SHAPES = {
 }
 
 #: Hidden widths of both maps, as `MapsConfig` has them by default.
-WIDTHS = (256, 256)
+WIDTHS = (256,)
 
 #: Distinct random tokens of a cache on a CPU; longer ones repeat them elsewhere in memory, which no kernel can use.
 PATTERN = 4096

@@ -5,7 +5,7 @@ import torch
 
 from hashattention.errors import BackendError
 from hashattention.ops import cuda
-from hashattention.ops.cuda import build
+from hashattention.ops.cuda import build, step
 
 
 def test_a_cpu_tensor_is_refused_with_its_device():
@@ -17,6 +17,17 @@ def test_without_a_compiler_the_error_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(BackendError, match=r"needs nvcc: set CUDA_HOME .*backend='triton'"):
         build.load("encode", BITS=1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "early"),
+    [(8, 1 << 15, True), (32, 1 << 17, True), (8, 1 << 17, False), (20, 1 << 15, False), (2, 1 << 20, False)],
+)
+def test_a_step_starts_early_where_that_was_measured_faster(batch, tokens, early):
+    """Eight KV heads of 64 bits, 1/32: not where blocks leave the chip partly free, nor where they wait for memory."""
+    shape = step.choose(0, 8 * batch, tokens, tokens // 32, 512)
+    assert shape is not None
+    assert step.starts_early(shape, 8 * batch, tokens, 64) is early
 
 
 @pytest.mark.slow

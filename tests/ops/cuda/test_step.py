@@ -92,6 +92,8 @@ CASES = [
     (case, {"batch": 4, "tokens": 2048, "hidden": (512,)}),
     (case, {"batch": 3, "tokens": 2048, "bits": 128, "levels": 15}),
     (case, {"batch": 1, "tokens": 1 << 20, "heads": 2}),
+    (case, {"batch": 1, "tokens": 40000, "hidden": (256,)}),
+    (case, {"batch": 1, "tokens": 20480}),
 ]
 
 
@@ -143,6 +145,40 @@ def test_scores_beyond_the_counted_window(batch, towards):
     out, _ = ops.decode(**made, backend="cuda")
     wanted, _ = expected(made)
     torch.testing.assert_close(out.float(), wanted, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 4096), (1, 32768), (8, 4096)])
+def test_a_border_far_below_half_the_weights(batch, tokens):
+    """Keys that lie against the code: hardly a candidate scores what a random one does."""
+    made = case(batch, tokens, budget=(2, 8, 90))
+    made["start"].zero_()
+    made["end"].fill_(tokens)
+    for cache in (made["k"], made["v"]):
+        cache.normal_()
+    code, _ = reference.encode_query(ops.group_queries(made["q"], 8), made["weights"], made["biases"], 7)
+    noise = torch.randint(-(2**31), 2**31, (3, *made["signatures"].shape), device="cuda", dtype=torch.int32)
+    made["signatures"].copy_(reference.pack_bits(code < 0) ^ (noise[0] & noise[1] & noise[2]))
+    out, _ = ops.decode(**made, backend="cuda")
+    wanted, _ = expected(made)
+    torch.testing.assert_close(out.float(), wanted, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("hidden", [(256,), (256, 256)])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 2048), (1, 32768), (6, 2048)])
+def test_the_newest_key_is_signed(batch, tokens, hidden):
+    """By blocks of its own or by the launch before: every bit whose logit is not about 0, and no other signature."""
+    made = case(batch, tokens, hidden=hidden)
+    made["biases"] = [b.float() for b in made["biases"]]
+    made["end"].fill_(tokens)
+    weights, biases = maps(8, (128, *hidden, 64), torch.bfloat16)
+    key, biases = torch.randn(batch, 8, 1, 128, device="cuda").bfloat16(), [b.float() for b in biases]
+    before = made["signatures"].clone()
+    ops.decode(**made, new_key=(key, weights, biases), backend="cuda")
+    logits = reference.mlp(key, weights, biases)
+    signed = reference.unpack_bits(made["signatures"][:, :, -1:])
+    sure = logits.abs() > 1e-3
+    assert torch.equal(signed[sure], (logits > 0)[sure])
+    assert torch.equal(made["signatures"][:, :, :-1], before[:, :, :-1])
 
 
 @pytest.mark.parametrize("pages", [0, 16])

@@ -25,6 +25,7 @@ from hashattention.ops.cuda.step import (
     fuses,
     launch,
     planes_of,
+    starts_early,
 )
 
 __all__ = ["attend", "decode", "decode_step", "refuse", "score_select"]
@@ -180,10 +181,13 @@ def decode_step(
             maps = describe(x, weights, biases), describe(*new_key) if new_key else Map()
             run(3, hidden=hidden, maps=maps, shape=whole)
             return out, logsumexp
+    rows, outputs = heads * batch, q.shape[1] // heads * q.shape[-1]
+    chosen = choose(0, rows, tokens, capacity, outputs) if shape is None else None
+    early = chosen is not None and starts_early(chosen, rows, tokens, bits)
     planes = torch.empty((batch, heads, planes_of(levels) + 1, bits // 32), dtype=torch.int32, device=q.device)
-    encode(x, weights, biases, levels, planes, (*new_key, signatures, end, block_table) if new_key else None)
+    encode(x, weights, biases, levels, planes, (*new_key, signatures, end, block_table) if new_key else None, early)
     tensors["planes"] = planes
-    run(0, shape=shape)
+    run(0, shape=chosen or shape)
     return out, logsumexp
 
 

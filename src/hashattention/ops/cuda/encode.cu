@@ -13,6 +13,7 @@ struct Batch {
     const int* table;             // [B, M] or null
     int64_t s0, s1;
     int batch, tokens, table_width, page;
+    int early;                    // the step may start at once
 };
 
 constexpr int STAGES = HIDDEN1 ? 3 : 2, LAST = HIDDEN1 ? HIDDEN1 : HIDDEN0, WIDEST_IN = QUERY_IN > KEY_IN ? QUERY_IN : KEY_IN;
@@ -151,6 +152,7 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     uint4 *weights = reinterpret_cast<uint4*>(memory), *inputs = weights + WEIGHTS, *hidden = inputs + INPUTS;
     float* logits = reinterpret_cast<float*>(hidden + HIDDENS);
     MARK(0);
+    if (a.early) cudaTriggerProgrammaticLaunchCompletion();
     uint4 *slice1 = weights + IN * COLUMNS0 / 8, *slice2 = slice1 + HIDDEN0 * COLUMNS1 / 8;
     for (int i = threadIdx.x; i < TILE * IN / 8; i += THREADS) {
         int row = i / (IN / 8), chunk = i % (IN / 8);
@@ -191,7 +193,7 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     MARK(7);
     cluster.sync();
     MARK(8);
-    // The step may start: it waits for the codes where it needs them. Earlier, its blocks would crowd where no block of this is.
+    // The step may start: it waits for the codes where it needs them. Earlier, few blocks would crowd where none of this is.
     cudaTriggerProgrammaticLaunchCompletion();
     for (int i = threadIdx.x >> 5; i < SHARE; i += WARPS) {
         int request = first + rank * SHARE + i;

@@ -78,7 +78,7 @@ class Encode(ctypes.Structure):
         ("key", Map),
         *((n, POINTER) for n in ("planes", "signatures", "position", "table")),
         *((n, LONG) for n in ("s0", "s1")),
-        *((n, INT) for n in ("batch", "tokens", "table_width", "page")),
+        *((n, INT) for n in ("batch", "tokens", "table_width", "page", "early")),
     )
 
 
@@ -159,6 +159,18 @@ def choose(mode: int, rows: int, tokens: int, capacity: int, outputs: int) -> Sh
     return filling[-1] if filling else shapes[0] if shapes else None
 
 
+def starts_early(shape: Shape, rows: int, tokens: int, bits: int) -> bool:
+    """Whether the step gains by starting at once under the encoding before it, as measured at batch 8 and 32.
+
+    Blocks that share multiprocessors must be more than there is room for, or they crowd where the encoding left some;
+    blocks that are alone lose where they ask for only a part of their signatures ahead.
+    """
+    blocks = rows * shape.blocks
+    if shape.resident > 1:
+        return blocks >= PROCESSORS * shape.resident
+    return blocks >= FULL and rows * tokens * bits // 8 <= PREFETCH_BYTES
+
+
 def choose_fused(
     heads: int, batch: int, tokens: int, capacity: int, outputs: int, hidden: tuple[int, int], bits: int, head_dim: int
 ) -> Shape | None:
@@ -190,9 +202,10 @@ def encode(
     levels: int,
     planes: Tensor,
     new_key: tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor | None] | None = None,
+    early: bool = False,
 ) -> None:
     """Queries ``[B, H, 1, in]`` to bit planes, and, if given, the new key (k, weights, biases, cache, end, block table)
-    to its signature.
+    to its signature. `early`: the step after it may start on what multiprocessors this launch leaves free.
     """
     hidden = [w.shape[-1] for w in weights[:-1]]
     bits, query_in = weights[-1].shape[-1], weights[0].shape[1]
@@ -203,7 +216,7 @@ def encode(
         LEVELS=levels, PLANES=planes_of(levels), WORDS=bits // 32, HALF=int(q.dtype == torch.float16),
         TILE=tile, THREADS=tile * 16, BLOCKS=blocks, HEAD_DIM=64, ROWS=1, PAGED=0, MODE=0, RESIDENT=1,
     )  # fmt: skip
-    arguments = Encode(query=describe(q, weights, biases), planes=planes.data_ptr(), batch=q.shape[0])
+    arguments = Encode(query=describe(q, weights, biases), planes=planes.data_ptr(), batch=q.shape[0], early=int(early))
     if new_key:
         k, key_weights, key_biases, cache, end, table = new_key
         arguments.key = describe(k, key_weights, key_biases)
