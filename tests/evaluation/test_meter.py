@@ -96,6 +96,16 @@ def test_it_is_wanted_where_it_measures() -> None:
     meter = Meter(10, 12)
     assert [meter.wants(first, first + 2) for first in (5, 7, 8, 12, 13)] == [False, False, True, True, False]
     assert not Meter(0, -1).wants(1, 1)
+    some = Meter(10, 50, every=16)
+    assert [token for token in range(80) if some.wants(token, token)] == [10, 26, 42]
+    assert [some.wants(*span) for span in ((11, 25), (11, 26), (27, 41), (43, 90), (0, 9), (0, 10))] == [
+        0,
+        1,
+        0,
+        0,
+        0,
+        1,
+    ]
 
 
 def test_errors_of_all_layers() -> None:

@@ -65,8 +65,10 @@ class Meter:
         self._weight: dict[int, Tensor] = {}
 
     def wants(self, first: int, last: int) -> bool:
-        """Whether a step at ``first <= tokens <= last`` may be measured."""
-        return first <= self.until and last >= self.since
+        """Whether a step at ``first <= tokens <= last`` is measured."""
+        from_here = max(first, self.since)
+        next_one = from_here + (self.since - from_here) % self.every
+        return next_one <= min(last, self.until)
 
     def __call__(self, step: Step, selection: Selection, out: Tensor) -> None:
         """Measure one sparse step."""

@@ -25,8 +25,9 @@ from hashattention.selectors.base import Selector
 
 #: More than any question or tail: every position behind the context is sparse.
 ALL = 1 << 30
-#: The share of a GPU's free memory that the cache may take: methods and measurements need the rest.
-SHARE = 0.7
+#: The share of a GPU's free memory that the cache may take: methods, measurements and the copy of those who go on alone
+#: need the rest.
+SHARE = 0.55
 #: Bytes of K and V that a model's own attention may repeat for its heads at once.
 REPEATED = 1 << 31
 #: Rows of a mask start where wide loads may.
