@@ -183,6 +183,7 @@ def test_rounds_are_interleaved_and_end() -> None:
 def test_rows(bench: str) -> None:
     rows = {row["method"]: row for row in run(bench, [CASE], "cpu", rounds=1, seconds=0.0)}
     assert rows["step"]["heavy"] == 70
+    assert rows["step"]["hidden"] == [256]
     assert rows["step"]["origin"]["version"]
     assert rows["step"]["bytes"] / rows["step"]["p50_ms"] * 1e3 == rows["step"]["bytes_per_second"]
     if bench == "attention":

@@ -72,6 +72,7 @@ class Case:
             "sink": sink,
             "local": local,
             "heavy": heavy,
+            "hidden": list(WIDTHS),
         }
 
 
