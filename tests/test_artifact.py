@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from hashattention.maps import HashMaps
 
 MODEL = BaseModel("LlamaForCausalLM", 4, 6, 2, 16, (1, 3), '{"rope_theta": 10000.0}', "tiny")
 CONFIG = MapsConfig(bits=64, widths=(24, 8))
+ARTIFACTS = Path(__file__).parent.parent / "artifacts"
 
 
 def build(config: MapsConfig = CONFIG) -> HashMaps:
@@ -172,3 +175,21 @@ def test_damaged_peaks_are_refused(small, damage, message):
     save_file(tensors, small / "model.safetensors")
     with pytest.raises(ArtifactError, match=message):
         HashMaps.from_pretrained(small)
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in ARTIFACTS.glob("*/config.json")))
+def test_shipped_maps_load_by_name_and_say_where_they_come_from(name):
+    assert artifact.locate(name) == ARTIFACTS / name
+    maps = HashMaps.from_pretrained(name)
+    assert maps.config.bits == 64 and len(maps.temperatures) == len(maps.model.layers)
+    origin = maps.training_info["origin"]
+    assert re.fullmatch(r"[0-9a-f]{12}\+?", origin["commit"]) and origin["device"] and origin["libraries"]["torch"]
+    assert not re.search(r"(^|[\s=])[/~]", origin["command"]), "a command names no folder of whoever ran it"
+    card = (ARTIFACTS / name / "README.md").read_text()
+    assert card.startswith(f"---\nbase_model: {maps.model.name}\n") and "\nlicense: " in card
+    assert (ARTIFACTS / name / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_beside_the_shipped_maps_is_not_one_of_them():
+    with pytest.raises(ArtifactError, match=r"shipped maps \((?!.*README)"):
+        artifact.locate("README.md")

@@ -167,7 +167,8 @@ def locate(name: str | os.PathLike[str]) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    shipped = {path.name: path for home in _shipped_homes() if home.is_dir() for path in sorted(home.iterdir())}
+    homes = [home for home in _shipped_homes() if home.is_dir()]
+    shipped = {path.name: path for home in homes for path in sorted(home.iterdir()) if path.is_dir()}
     if str(name) in shipped:
         return shipped[str(name)]
     if str(name).count("/") != 1 or folder.is_absolute() or str(name).startswith("."):
