@@ -27,7 +27,8 @@ _STYLE = (
     + """
 body { margin: 0 auto; padding: 2rem 1.4rem; max-width: 62rem; background: var(--ground); color: var(--ink);
   font: 16px/1.6 system-ui, sans-serif; }
-p, caption { color: var(--quiet); } .scroll { overflow-x: auto; } svg { max-width: 46rem; font-size: 12px; }
+p, caption { color: var(--quiet); } .scroll { overflow-x: auto; }
+svg { max-width: 46rem; font-size: 12px; overflow: visible; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 td, th { padding: .3rem .8rem; text-align: right; border-top: 1px solid var(--line); }
 td:first-child { text-align: left; }
