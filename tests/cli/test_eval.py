@@ -56,6 +56,7 @@ def test_rows_table_and_json(invoke, last_json, words, tmp_path: Path) -> None:
         (("--shard", "2/2"), "shard must be i/n with i from 0 to n - 1, as 0/4; given '2/2'"),
         (("--question-tokens", "0"), "question_tokens must be at least 1"),
         (("--shard", "half"), "given 'half'"),
+        (("--other-maps", "folder"), "--other-maps must be NAME=FOLDER"),
         (("--length", "4k"), "length must be a whole number of tokens; given '4k'"),
         (("--length", "9000"), "this model's context is 2048"),
         (("--tasks", "rular"), "unknown task 'rular'; did you mean 'ruler'"),
@@ -107,3 +108,14 @@ def test_a_run_that_is_out_of_time_goes_on(invoke, words, tmp_path: Path) -> Non
     assert not (out / ROWS).exists()
     assert invoke("eval", *words, "--out", out, "--minutes", "60", "--no-logprobs").exit_code == 0
     assert len(read(out)) == 8
+
+
+def test_other_maps_have_rows_of_their_own(invoke, words, tiny_maps_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = "--methods", "hash", "--other-maps", f"twin={tiny_maps_folder}"
+    done = invoke("eval", *words, *more, "--out", out)
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    rows = read(out)
+    assert {row.maps for row in rows} == {tiny_maps_folder.name, "twin"}
+    scores = {(row.maps, row.length, row.sample): row.score for row in rows}
+    assert all(score == scores["twin", length, sample] for (_, length, sample), score in scores.items())

@@ -126,6 +126,18 @@ def test_they_are_used_where_they_can_be(model) -> None:
         assert plain.slots == plain.width + 1
 
 
+def test_there_must_be_room_for_a_copy(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hashattention.evaluation import reader as module
+
+    reader = read(model, True)
+    assert reader.can_narrow(3)
+    held = sum(layer.keys.shape[0] * 2 * layer._buffers["keys"][0].nbytes for layer in reader.cache.layers)
+    assert sum(layer.nbytes() for layer in reader.cache.layers) == held
+    reader._front = type("OnGpu", (), {"is_cuda": True, "device": None})()
+    monkeypatch.setattr(module, "free_bytes", lambda device: held / 2)
+    assert [reader.can_narrow(requests) for requests in (1, 2, 3)] == [True, False, False]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["dense", *(name for name in METHODS if name != "sampled")])
 def test_as_a_graph(method: str) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +36,10 @@ def eval_(
     length: Annotated[str, typer.Option(help="Tokens of a sample, comma-separated.")] = "4096",
     samples: Annotated[int, typer.Option(help="For each task and length.")] = 25,
     maps: Annotated[str | None, typer.Option(help="A maps folder, shipped name or hub id.")] = None,
+    other_maps: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER: more maps for the method hash, by that name; may be repeated."),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Where the tasks' data lies.")] = None,
     protocol: Annotated[str, typer.Option(help="question: it and the answer are sparse; generation: the answer.")] = (
         "question"
@@ -94,7 +98,7 @@ def eval_(
         question_tokens=question_tokens,
     )
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    rows = _run(model, plan, out, maps, where, dtype, resume, until)
+    rows = _run(model, plan, out, maps, _named(other_maps or []), where, dtype, resume, until)
     _show(rows, out)
     if as_json:
         from hashattention.evaluation.summary import summarise
@@ -107,6 +111,7 @@ def _run(
     plan: Plan,
     out: Path,
     maps: str | None,
+    others: dict[str, str],
     device: str,
     dtype: str | None,
     resume: bool,
@@ -123,13 +128,24 @@ def _run(
         raise InputError(f"--out {out} has rows already; give another folder, or leave --no-resume out.")
     parse(plan.tasks, plan.data)
     kind = parse_dtype(dtype, device)
-    loaded_maps = None if maps is None else HashMaps.from_pretrained(maps)
+    named = {"": maps, **others} if maps is not None else dict(others)
+    held = {name: HashMaps.from_pretrained(folder) for name, folder in named.items()}
     with progress(console()) as report:
         loaded = load(model, device, kind, report)
-        if loaded_maps is not None:
-            loaded_maps = loaded_maps.to(device).requires_grad_(False)
-        plan = dataclasses.replace(plan, model=_name(loaded))
-        return run(loaded.model, loaded.tokenizer, plan, out, maps=loaded_maps, progress=report, until=until)
+        held = {name: each.to(device).requires_grad_(False) for name, each in held.items()}
+        plan, first = dataclasses.replace(plan, model=_name(loaded)), held.pop("", None)
+        options: dict[str, Any] = {"maps": first, "others": held, "until": until, "progress": report}
+        return run(loaded.model, loaded.tokenizer, plan, out, **options)
+
+
+def _named(given: list[str]) -> dict[str, str]:
+    found = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder) or name in found:
+            raise ConfigError(f"--other-maps must be NAME=FOLDER, each name once; given {text!r}.")
+        found[name] = folder
+    return found
 
 
 def _name(loaded: LoadedModel) -> str:

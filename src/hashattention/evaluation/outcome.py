@@ -87,7 +87,7 @@ def _say(reader: Reader, tokenizer: Any, questions: Sequence[Question], logits: 
                 going = [place for place, listener in enumerate(listeners) if not listener.done]
                 if not going:
                     break
-                if len(going) <= NARROW * len(listeners) and reader.can_narrow:
+                if len(going) <= NARROW * len(listeners) and reader.can_narrow(len(going)):
                     stack.enter_context(reader.narrowed(going))
                     best, ended, listeners = best[going], ended[going], [listeners[place] for place in going]
             # The first step counts for every request, so that each has been measured.

@@ -22,12 +22,15 @@ from hashattention.integrations.transformers import SLOT, Attachment, SelectedLa
 from hashattention.models.describe import attention_modules, dense_function, describe, text_config
 from hashattention.rows import Extent
 from hashattention.selectors.base import Selector
+from hashattention.train.targets import free_bytes
 
 #: More than any question or tail: every position behind the context is sparse.
 ALL = 1 << 30
 #: The share of a GPU's free memory that the cache may take: methods, measurements and the copy of those who go on alone
 #: need the rest.
 SHARE = 0.55
+#: The share of what is free then that such a copy may take.
+FREE = 0.8
 #: Bytes of K and V that a model's own attention may repeat for its heads at once.
 REPEATED = 1 << 31
 #: Rows of a mask start where wide loads may.
@@ -176,10 +179,14 @@ class Reader:
             handle.attention = dataclasses.replace(handle.attention, observer=observer)
         return handle.attention
 
-    @property
-    def can_narrow(self) -> bool:
-        """Whether some requests may go on without the others."""
-        return all(isinstance(layer, SelectedLayer) for layer in self.cache.layers)
+    def can_narrow(self, requests: int) -> bool:
+        """Whether so many requests may go on without the others: there must be memory for a copy of theirs."""
+        layers = self.cache.layers
+        if not all(isinstance(layer, SelectedLayer) for layer in layers):
+            return False
+        held = sum(layer.nbytes() for layer in layers)
+        needed = held * requests // len(self.padding)
+        return not self._front.is_cuda or needed < FREE * free_bytes(self._front.device)
 
     @contextlib.contextmanager
     def narrowed(self, places: Sequence[int]) -> Iterator[None]:

@@ -91,6 +91,11 @@ class SelectedLayer(DynamicLayer):
             setattr(other, name, other._buffers[name][:, :, : held.shape[2]] if inside else held[requests])
         return other
 
+    def nbytes(self) -> int:
+        """Bytes of keys, values and side tensors, spare room included."""
+        held = [self._buffers.get(name, getattr(self, name)) for name in ("keys", "values")]
+        return sum(tensor.nbytes for tensor in held) + self.side.nbytes()
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens (as `DynamicLayer.crop`)."""
         super().crop(tokens_to_remove)
