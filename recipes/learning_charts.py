@@ -41,7 +41,7 @@ def by_length(measured: list[dict[str, Any]], heavy: float) -> str:
     found: dict[tuple[str, str | None], list[tuple[float, float]]] = {}
     for row in measured:
         ratio = next(budget["ratio"] for budget in row["budgets"] if budget["heavy"] == heavy)
-        if row["text"] == "held-out":
+        if row["text"] == "held-out" and "1.5B" in row["model"]:
             found.setdefault((row["method"], row.get("maps")), []).append((row["context"] / 1024, ratio))
     lines = [Line(name, tuple(found[method, maps]), maps is None) for method, maps, name in LINES]
     drawn = chart(lines, "context, thousands of tokens", [8, 16, 32])
