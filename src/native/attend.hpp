@@ -137,8 +137,7 @@ inline float step_softmax(const hashattention::Attention& a, float* logits, int6
         sum += weight;
         store(logits + t, weight);
     }
-    float total = 0;
-    for (int i = 0; i < lanes; ++i) total += sum[i];
+    const float total = sum_lanes(sum);
     const float kept = state.largest == -INFINITY ? 0 : expf(state.largest - base);
     state.largest = largest;
     state.sum = state.sum * kept + total;

@@ -149,6 +149,13 @@ inline Floats larger(Floats a, Floats b) {
     return (Floats)(((Ints)b & above) | ((Ints)a & ~above));
 }
 
+// The sum of a vector, by halves: few roundings of any one value.
+inline float sum_lanes(Floats a) {
+    for (int half = lanes / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) a[i] += a[i + half];
+    return a[0];
+}
+
 // The sums of four vectors.
 inline void sum_four(const Floats* a, float* out) {
 #if defined(__AVX2__)
