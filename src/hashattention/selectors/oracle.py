@@ -11,8 +11,9 @@ from hashattention.selectors.scored import ScoredSelector
 
 def exact_logits(step: Step) -> Tensor:
     """Attention logits of every query head and token (no softcap), float32 ``[B, Hkv, G, T]``."""
-    keys = step.keys()
-    query = step.query if step.query.dtype == keys.dtype else step.query.to(keys.dtype)
+    query, keys = step.query, step.keys()
+    if query.dtype != keys.dtype:
+        query, keys = query.float(), keys.float()
     return ops.logits(query, keys, scale=step.scale).unflatten(1, (keys.shape[1], -1))
 
 
