@@ -97,7 +97,7 @@ class TokenCache:
         return Memory(dict(self._lengths), {name: buffer[:, :, : self.length(name)].clone() for name, buffer in held})
 
     def recall(self, memory: Memory) -> bool:
-        """Back to the moment of `memory`, in the same buffers (behind a copy that it holds, they are 0); False if some were
+        """Back to the moment of `memory`, in the same buffers; behind a copy that it holds they are 0. False if some were
         made since, which are dropped.
         """
         later = self._buffers.keys() - memory.lengths.keys()
