@@ -97,8 +97,9 @@ class TokenCache:
         return Memory(dict(self._lengths), {name: buffer[:, :, : self.length(name)].clone() for name, buffer in held})
 
     def recall(self, memory: Memory) -> bool:
-        """Back to the moment of `memory`, in the same buffers; what lies behind a copy that it holds is 0 then. False if
-        some were made since, which are dropped.
+        """Back to the moment of `memory`, in the same buffers; behind a copy that it holds they are 0.
+
+        False if some buffers were made since; they are dropped.
         """
         later = self._buffers.keys() - memory.lengths.keys()
         for name in later:
