@@ -9,7 +9,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hashattention.attention import SparseAttention
+from hashattention.cache import TokenCache
 from hashattention.models.describe import full_attention_layers, text_config
+from hashattention.rows import Extent
 
 #: Architectures whose layers are what `Decoder` computes: norms before attention and MLP, rotary embedding, no more.
 KINDS = ("llama", "qwen2", "mistral")
@@ -71,6 +74,28 @@ def can_decode(model: Any) -> bool:
     config = text_config(model)
     plain = getattr(config, "model_type", "") in KINDS and hasattr(model, "lm_head")
     return plain and len(full_attention_layers(config)) == config.num_hidden_layers
+
+
+def attend_by(
+    sparse: SparseAttention | None,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    extent: Extent,
+    side: TokenCache,
+    mask: Callable[[], Tensor | None],
+) -> Tensor:
+    """One token's attention ``[B, Hq, 1, D]`` as it is served, or densely (None); `mask` is asked for only then."""
+
+    def dense() -> Tensor:
+        return attend_densely(query, key, value, scale, mask())
+
+    if sparse is None:
+        return dense()
+    return sparse.attend(layer, query, key, value, extent=extent, side=side, scale=scale, softcap=0.0, dense=dense)
 
 
 def attend_densely(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hashattention.attention import SparseAttention
-from hashattention.evaluation.decoder import Decoder, attend_densely
+from hashattention.evaluation.decoder import Decoder, attend_by
 from hashattention.integrations.transformers import SelectedLayer
 from hashattention.rows import Extent
 
@@ -101,23 +102,14 @@ class FixedSteps:
     def _compute(self) -> Tensor:
         start = self._front.to(torch.int32)
         extent = Extent(start, (self._slot + 1).to(torch.int32).expand_as(start).contiguous(), self.room)
-        mask = self._mask() if self.sparse is None else None
+        mask = functools.cache(self._mask)
 
         def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self.buffers[index]
             keys.index_copy_(2, self._slot, key)
             values.index_copy_(2, self._slot, value)
-            scale = self.decoder.layers[index].self_attn.scaling
-
-            def dense() -> Tensor:
-                return attend_densely(query, keys, values, scale, self._mask() if mask is None else mask)
-
-            if self.sparse is None:
-                return dense()
-            side = self.layers[index].side
-            return self.sparse.attend(
-                index, query, keys, values, extent=extent, side=side, scale=scale, softcap=0.0, dense=dense
-            )
+            scale, side = self.decoder.layers[index].self_attn.scaling, self.layers[index].side
+            return attend_by(self.sparse, index, query, keys, values, scale=scale, extent=extent, side=side, mask=mask)
 
         return self.decoder(self._tokens, self._slot - self._front, attend)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hashattention.attention import SparseAttention
 from hashattention.config import Budget
-from hashattention.evaluation.decoder import Decoder, attend_densely, can_decode
+from hashattention.evaluation.decoder import Decoder, attend_by, can_decode
 from hashattention.evaluation.fixed import FixedSteps
 from hashattention.evaluation.meter import Meter
 from hashattention.integrations.transformers import SLOT, Attachment, SelectedLayer, attach
@@ -130,20 +131,14 @@ class Reader:
             self._begun = True
             start = self._front.to(torch.int32)
             extent = Extent(start, torch.full_like(start, held + 1), held + 1, ends_full=True)
-            mask = self._mask(held + 1)
+            mask = functools.cache(lambda: self._mask(held + 1))
 
             def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
                 layer = self.cache.layers[index]
                 keys, values = layer.update(key, value)
-                scale = self.model.model.layers[index].self_attn.scaling
-
-                def dense() -> Tensor:
-                    return attend_densely(query, keys, values, scale, mask)
-
-                if sparse is None:
-                    return dense()
-                return sparse.attend(
-                    index, query, keys, values, extent=extent, side=layer.side, scale=scale, softcap=0.0, dense=dense
+                scale = decoder.layers[index].self_attn.scaling
+                return attend_by(
+                    sparse, index, query, keys, values, scale=scale, extent=extent, side=layer.side, mask=mask
                 )
 
             return decoder(tokens, held - self._front, attend)
