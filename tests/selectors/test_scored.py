@@ -7,6 +7,7 @@ import torch
 from tests.selectors.steps import CASES, best, chosen, pool, ragged_step, rows_of
 
 from hashattention.errors import ConfigError
+from hashattention.rows import Rows
 from hashattention.selectors.oracle import OracleSelector
 from hashattention.selectors.scored import Pooling, pool_group
 
@@ -29,22 +30,25 @@ def test_a_query_head_of_its_own_takes_its_largest_logits(shape, budget):
         assert chosen(selection, request, row) == best((queries @ keys.T)[0], step, request)
 
 
+def all_heavy(tokens: int) -> Rows:
+    """One request whose tokens are all candidates."""
+    start, budgets = torch.zeros(1, dtype=torch.int32), torch.tensor([[[0, 0, tokens]]], dtype=torch.int32)
+    return Rows(start, start + tokens, budgets, tokens)
+
+
 def test_a_quiet_head_is_outvoted_by_the_mean_and_not_by_the_peaks():
     # Head 0 is sure of token 0; head 1 spreads its weight over tokens 1 to 4 and likes token 1 best.
     logits = torch.tensor([[[[9.0, 3.0, 8.9, 0.0, 0.0], [0.0, 1.2, 0.0, 1.0, 1.0]]]])
-    candidates = torch.ones(1, 1, 5, dtype=torch.bool)
-    first_two = {
-        name: set(pool_group(logits, name, candidates)[0, 0].topk(2).indices.tolist()) for name in get_args(Pooling)
-    }
+    rows = all_heavy(5)
+    first_two = {name: set(pool_group(logits, name, rows)[0, 0].topk(2).indices.tolist()) for name in get_args(Pooling)}
     assert first_two["mean"] == {0, 2}
     assert first_two["peak_max"] == first_two["rank"] == {0, 1}
 
 
 def test_weights_far_below_a_peak_keep_their_order():
     logits = torch.tensor([[[[0.0, -300.0, -200.0, -400.0]]]])
-    candidates = torch.ones(1, 1, 4, dtype=torch.bool)
     for name in get_args(Pooling):
-        assert pool_group(logits, name, candidates)[0, 0].argsort(descending=True).tolist() == [0, 2, 1, 3]
+        assert pool_group(logits, name, all_heavy(4))[0, 0].argsort(descending=True).tolist() == [0, 2, 1, 3]
 
 
 @pytest.mark.parametrize(("name", "value"), [("share", "kv_head"), ("pooling", "max")])

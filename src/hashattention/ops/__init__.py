@@ -4,6 +4,7 @@ from hashattention.ops.attend import attend
 from hashattention.ops.decode import NewKey, decode, group_queries
 from hashattention.ops.encode import encode_query, encode_signature, write_signature
 from hashattention.ops.logits import logits
+from hashattention.ops.pool import pool
 from hashattention.ops.score import score
 from hashattention.ops.select import score_select, select
 
@@ -15,6 +16,7 @@ __all__ = [
     "encode_signature",
     "group_queries",
     "logits",
+    "pool",
     "score",
     "score_select",
     "select",

@@ -163,6 +163,19 @@ def logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return (grouped @ k.float().transpose(-1, -2) * scale).flatten(1, 2)
 
 
+def pool(logits: Tensor, start: Tensor, end: Tensor, how: str) -> Tensor:
+    """float32 ``[B, Hkv, T]`` from logits ``[B, Hkv, G, T]``: their mean over the group, or the logarithm of the
+    maximum or the sum of the weights relative to their head's peak; -inf outside ``start[b] <= t < end[b]``.
+    """
+    position = torch.arange(logits.shape[-1], device=logits.device)
+    outside = (position < start[:, None]) | (position >= end[:, None])
+    logits = logits.masked_fill(outside[:, None, None], -torch.inf)
+    if how == "logits":
+        return logits.mean(2)
+    relative = logits - logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+    return relative.amax(2) if how == "peak_max" else relative.logsumexp(2)
+
+
 def attend(
     q: Tensor,
     k: Tensor,

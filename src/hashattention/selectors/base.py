@@ -15,7 +15,7 @@ from hashattention.errors import ConfigError
 from hashattention.rows import Extent, Rows
 from hashattention.selectors.selection import Selection
 
-__all__ = ["Selection", "Selector", "Step", "select_best"]
+__all__ = ["Selection", "Selector", "Step", "query_logits", "select_best"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,15 @@ class Step:
     def grouped_query(self) -> Tensor:
         """The queries of every KV head, float32 ``[B, Hkv, G, D]``."""
         return self.query.float().unflatten(1, (self.key.shape[1], -1)).squeeze(3)
+
+
+def query_logits(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """``scale * q . k`` of queries ``[B, Hq, 1, D]`` and `keys` (or what stands for some) ``[B, Hkv, N, D]``, summed in
+    float32: ``[B, Hkv, G, N]``.
+    """
+    if query.dtype != keys.dtype:
+        query, keys = query.float(), keys.float()
+    return ops.logits(query, keys, scale=scale).unflatten(1, (keys.shape[1], -1))
 
 
 def select_best(scores: Tensor, rows: Rows, wanted: Tensor | None = None) -> Selection:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hashattention.config import BaseModel, SelectionShare
 from hashattention.errors import ConfigError
-from hashattention.selectors.base import Step
+from hashattention.selectors.base import Step, query_logits
 from hashattention.selectors.rounding import check_bits, round_to_bits, vector_bits
 from hashattention.selectors.scored import Pooling, ScoredSelector, require_count
 
@@ -58,9 +58,10 @@ class DoubleSparsitySelector(ScoredSelector):
             keys = step.keys(first)
             return round_to_bits(keys.gather(-1, chosen.expand(-1, -1, keys.shape[2], -1)), self.bits)
 
-        labels = step.side.extend((self, "labels"), step.extent.tokens, label).float()
-        query = step.grouped_query()
-        return query.gather(-1, chosen.expand(-1, -1, query.shape[2], -1)) @ labels.transpose(-1, -2) * step.scale
+        labels = step.side.extend((self, "labels"), step.extent.tokens, label)
+        query = step.query.unflatten(1, (step.key.shape[1], -1))[:, :, :, 0]
+        query = query.gather(-1, chosen.expand(-1, -1, query.shape[2], -1)).flatten(1, 2)
+        return query_logits(query[:, :, None], labels, step.scale)
 
     def _choose(self, step: Step) -> Tensor:
         if self.calibration is None:

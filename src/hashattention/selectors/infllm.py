@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hashattention.config import SelectionShare
-from hashattention.selectors.base import Step
-from hashattention.selectors.pages import PageGrid, spread_pages
+from hashattention.selectors.base import Step, query_logits
+from hashattention.selectors.pages import PageGrid
 from hashattention.selectors.scored import Pooling, ScoredSelector, require_count
 
 
@@ -46,8 +46,9 @@ class InfLlmSelector(ScoredSelector):
     def estimate(self, step: Step) -> Tensor:
         """The mean logit of the representatives of each token's block."""
         grid = PageGrid(step.rows(self.share), step.extent.tokens, self.block)
-        means = grid.summaries(step, (self, "blocks"), self._summarise).float()
-        return spread_pages(step.grouped_query() @ means.transpose(-1, -2) * step.scale, grid.page_of())
+        return grid.spread(
+            step, (self, "blocks"), self._summarise, lambda means: query_logits(step.query, means, step.scale)
+        )
 
     def _summarise(self, keys: Tensor, present: Tensor) -> Tensor:
         real = keys.float().masked_fill(~present, 0)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hashattention import ops
-from hashattention.selectors.base import Step
+from hashattention.selectors.base import Step, query_logits
 from hashattention.selectors.scored import ScoredSelector
 
 
 def exact_logits(step: Step) -> Tensor:
     """Attention logits of every query head and token (no softcap), float32 ``[B, Hkv, G, T]``."""
-    query, keys = step.query, step.keys()
-    if query.dtype != keys.dtype:
-        query, keys = query.float(), keys.float()
-    return ops.logits(query, keys, scale=step.scale).unflatten(1, (keys.shape[1], -1))
+    return query_logits(step.query, step.keys(), step.scale)
 
 
 class OracleSelector(ScoredSelector):

@@ -13,6 +13,8 @@ from hashattention.selectors.base import Step
 
 #: keys ``[B, H, P, size, D]`` and present bool ``[B, 1, P, size, 1]`` -> summaries ``[B, H, P, C]``
 Summarise = Callable[[Tensor, Tensor], Tensor]
+#: summaries ``[B, H, P, C]`` -> scores float32 ``[B, H, G, P]``
+Score = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +35,19 @@ class PageGrid:
         position = torch.arange(self.tokens, device=self.rows.start.device)
         return (position + self._offset()) // self.size
 
-    def summaries(self, step: Step, name: Hashable, summarise: Summarise) -> Tensor:
-        """One summary a page ``[B, Hkv, P, C]``: whole pages are kept beside the cache, the last ones made anew."""
+    def spread(self, step: Step, name: Hashable, summarise: Summarise, score: Score) -> Tensor:
+        """The score of each token's page by its summary, ``[B, Hkv, G, T]``: those of whole pages are kept beside the
+        cache, the last ones made anew.
+        """
         whole, pages = self.tokens // self.size, (self.tokens + 2 * self.size - 2) // self.size
-        last = summarise(*self._cut(step.key, whole, pages))
-        if not whole:
-            return last
-        kept = step.side.extend(
-            name, whole, lambda first: summarise(*self._cut(step.key, first, whole)), stride=self.size
-        )
-        return torch.cat([kept, last], dim=2)
+        scores = score(summarise(*self._cut(step.key, whole, pages)))
+        if whole:
+            kept = step.side.extend(
+                name, whole, lambda first: summarise(*self._cut(step.key, first, whole)), stride=self.size
+            )
+            scores = torch.cat([score(kept), scores], -1)
+        page = self.page_of()[:, None, None]
+        return scores.gather(-1, page.expand(*scores.shape[:3], -1))
 
     def _offset(self) -> Tensor:
         return (-self.rows.start.long() % self.size)[:, None]
@@ -55,8 +60,3 @@ class PageGrid:
         picked = key.gather(2, slots[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]))
         shape = (last - first, self.size)
         return picked.unflatten(2, shape), present.unflatten(1, shape)[:, None, ..., None]
-
-
-def spread_pages(scores: Tensor, page_of: Tensor) -> Tensor:
-    """Page scores ``[B, H, G, P]`` given to every token of the page: ``[B, H, G, T]``."""
-    return scores.gather(-1, page_of[:, None, None].expand(*scores.shape[:3], -1))

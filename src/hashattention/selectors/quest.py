@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hashattention.config import SelectionShare
-from hashattention.selectors.base import Step
-from hashattention.selectors.pages import PageGrid, spread_pages
+from hashattention.selectors.base import Step, query_logits
+from hashattention.selectors.pages import PageGrid
 from hashattention.selectors.rounding import FULL, check_bits, round_to_bits, vector_bits
 from hashattention.selectors.scored import Pooling, ScoredSelector, require_count
 
@@ -41,12 +41,15 @@ class QuestSelector(ScoredSelector):
 
     def estimate(self, step: Step) -> Tensor:
         """The upper bound of the logits of each token's page."""
-        grid = PageGrid(step.rows(self.share), step.extent.tokens, self.page)
-        lowest, highest = grid.summaries(step, (self, "pages"), self._summarise).float().chunk(2, dim=-1)
-        query = step.grouped_query() * step.scale
         # max(q * min, q * max) is q * max where q is positive and q * min where it is not.
-        bound = query.clamp(min=0) @ highest.transpose(-1, -2) + query.clamp(max=0) @ lowest.transpose(-1, -2)
-        return spread_pages(bound, grid.page_of())
+        rising, falling = step.query.clamp(min=0), step.query.clamp(max=0)
+
+        def bound(summaries: Tensor) -> Tensor:
+            lowest, highest = summaries.chunk(2, dim=-1)
+            return query_logits(rising, highest, step.scale) + query_logits(falling, lowest, step.scale)
+
+        grid = PageGrid(step.rows(self.share), step.extent.tokens, self.page)
+        return grid.spread(step, (self, "pages"), self._summarise, bound)
 
     def _summarise(self, keys: Tensor, present: Tensor) -> Tensor:
         lowest = keys.masked_fill(~present, torch.inf).amin(3)

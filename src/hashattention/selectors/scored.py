@@ -8,43 +8,44 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hashattention import ops
 from hashattention.config import SelectionShare
 from hashattention.errors import ConfigError
+from hashattention.rows import Rows
 from hashattention.selectors.base import Selection, Selector, Step, select_best
 
 Pooling = Literal["peak_max", "peak_sum", "mean", "rank", "logits"]
 
 
-def pool_group(logits: Tensor, pooling: Pooling, candidates: Tensor) -> Tensor:
+def pool_group(logits: Tensor, pooling: Pooling, rows: Rows) -> Tensor:
     """One score per token and KV head from the logits of its group's heads; only their order has a meaning.
 
     Parameters
     ----------
     logits : Tensor, float32 ``[B, Hkv, G, T]``
-        -inf where a token must not be attended.
+        Tokens outside `rows` count for nothing, whatever theirs are.
     pooling : str
         ``"peak_max"`` and ``"peak_sum"``: attention weights divided by their head's peak, maximum or sum over heads
-        (no head is outvoted); ``"mean"``: mean of the attention weights; ``"rank"``: the best rank in any head;
-        ``"logits"``: mean of the logits.
-    candidates : Tensor, bool ``[B, Hkv, T]``
-        The tokens that are ranked.
+        (no head is outvoted); ``"mean"``: mean of the attention weights; ``"rank"``: the best rank among the
+        candidates in any head; ``"logits"``: mean of the logits.
+    rows : Rows
 
     Returns
     -------
     Tensor, float32 ``[B, Hkv, T]``
     """
-    lowest = torch.finfo(logits.dtype).min
+    tokens = logits.shape[-1]
     if pooling == "rank":
-        ranked = logits.masked_fill(~candidates[:, :, None], -torch.inf).flip(-1)
+        ranked = logits.masked_fill(~rows.candidates(tokens)[:, :, None], -torch.inf).flip(-1)
         order = ranked.argsort(dim=-1, descending=True, stable=True)
-        place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        place = torch.arange(tokens, device=order.device).expand_as(order)
         return -torch.empty_like(order).scatter_(-1, order, place).flip(-1).amin(2).float()
-    if pooling == "logits":
-        return logits.mean(2)
+    if pooling == "mean" or rows.mask is not None:
+        logits = logits.masked_fill(~rows.valid(tokens)[:, None, None], -torch.inf)
     if pooling == "mean":
-        return (logits - logits.logsumexp(-1, keepdim=True).clamp(min=lowest)).logsumexp(2)
-    relative = logits - logits.amax(-1, keepdim=True).clamp(min=lowest)
-    return relative.amax(2) if pooling == "peak_max" else relative.logsumexp(2)
+        total = logits.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+        return (logits - total).logsumexp(2)
+    return ops.pool(logits, rows.start, rows.end, pooling)
 
 
 class ScoredSelector(Selector):
@@ -70,10 +71,10 @@ class ScoredSelector(Selector):
     def select(self, step: Step) -> Selection:
         """Score every token by its estimated logit and take the best."""
         rows, tokens = step.rows(self.share), step.extent.tokens
-        logits = self.estimate(step).masked_fill(~rows.valid(tokens)[:, None, None], -torch.inf)
+        logits = self.estimate(step)
         if self.share == "group":
-            candidates = rows.candidates(tokens) if self.pooling == "rank" else logits.new_zeros(0)
-            return select_best(pool_group(logits, self.pooling, candidates), rows)
+            return select_best(pool_group(logits, self.pooling, rows), rows)
+        logits = logits.masked_fill(~rows.valid(tokens)[:, None, None], -torch.inf)
         peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
         return select_best((logits - peak).flatten(1, 2), rows)
 

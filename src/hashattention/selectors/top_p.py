@@ -49,7 +49,7 @@ class TopPSelector(Selector):
             weights = weights.mean(2, keepdim=True)
         wanted = reach(weights, candidates[:, :, None], self.p).any(2)
         pooled: Literal["peak_max", "mean"] = "peak_max" if self.union else "mean"
-        scores = logits.flatten(1, 2) if self.share == "query_head" else pool_group(logits, pooled, candidates)
+        scores = logits.flatten(1, 2) if self.share == "query_head" else pool_group(logits, pooled, rows)
         return select_best(scores, rows, wanted)
 
     def auxiliary_bits(self, head_dim: int) -> float:

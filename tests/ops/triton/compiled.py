@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from hashattention.ops.triton import attend, decode, decode_step, encode_signature, logits, score, select
+from hashattention.ops.triton import attend, decode, decode_step, encode_signature, logits, pool, score, select
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -94,7 +94,7 @@ def main(arch: int) -> None:
     score(code, signatures, heads)
     for kind in (torch.float32, torch.int32):
         select(torch.zeros(1, heads, tokens, dtype=kind), *bounds, budgets, 336)
-    logits(q, k, 0.1)
+    pool(logits(q, k, 0.1).unflatten(1, (heads, 4)), *bounds, "peak_max")
     indices = torch.zeros(1, heads, 336, dtype=torch.int32)
     table = torch.zeros(1, tokens, dtype=torch.int32)
     attend(q, k.view(tokens, heads, 1, dim), k.view(tokens, heads, 1, dim), indices, budgets[..., 0], 0.1, 30.0, table)

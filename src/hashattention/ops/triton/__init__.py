@@ -15,6 +15,7 @@ from hashattention.ops.triton.attend import attend
 from hashattention.ops.triton.decode import decode, decode_step
 from hashattention.ops.triton.encode import LAST_STAGE_BYTES, encode_query, encode_signature, write_signature
 from hashattention.ops.triton.logits import logits
+from hashattention.ops.triton.pool import pool
 from hashattention.ops.triton.score import score
 from hashattention.ops.triton.select import MOST_LEVELS, levels_of, score_select
 from hashattention.ops.triton.select_scores import select
@@ -26,6 +27,7 @@ __all__ = [
     "encode_query",
     "encode_signature",
     "logits",
+    "pool",
     "refuse",
     "score",
     "score_select",

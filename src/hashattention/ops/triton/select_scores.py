@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hashattention.ops.triton.select import _border, _row_bounds
 
-TILE = 2048
+TILE = 4096
 
 
 @triton.jit
@@ -100,6 +100,6 @@ def select(
     row = start.contiguous(), end.contiguous(), budgets.contiguous()
     _select[(batch * heads,)](
         scores.contiguous().view(torch.int32), *row, indices, counts, tokens, capacity, heads,
-        FLOAT=scores.is_floating_point(), TILE=TILE, num_warps=8,
+        FLOAT=scores.is_floating_point(), TILE=TILE, num_warps=16,
     )  # fmt: skip
     return indices, counts
