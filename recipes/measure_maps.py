@@ -118,6 +118,10 @@ def named(pair: str) -> tuple[str, str]:
 def main() -> None:
     given = parse()
     loaded = load_model(given.model, device=given.device, dtype=given.dtype and getattr(torch, given.dtype))
+    if given.tokenizer:
+        from transformers import AutoTokenizer
+
+        loaded = dataclasses.replace(loaded, tokenizer=AutoTokenizer.from_pretrained(given.tokenizer))
     maps = {name: HashMaps.from_pretrained(where).to(given.device) for name, where in map(named, given.maps)}
     for each in maps.values():
         each.check_model(describe(loaded.model))
@@ -141,6 +145,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--tokenizer", help="a folder whose tokenizer is taken in place of the model's own")
     parser.add_argument("--maps", action="append", default=[], help="NAME=FOLDER; may be repeated")
     parser.add_argument("--text", action="append", required=True, help="NAME=FOLDER; may be repeated")
     parser.add_argument("--context", type=int, nargs="+", default=[8192, 16384, 32768])

@@ -68,6 +68,36 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert told == [REFERENCES, "a", "b", "a"]
 
 
+def test_what_is_done_stays_when_a_study_ends_early(tmp_path, monkeypatch):
+    fit, begun = module.fit, []
+
+    def ending(samples, base, recipe, *rest, **options):
+        begun.append(recipe.steps)
+        if recipe.steps == 3:
+            raise KeyboardInterrupt
+        return fit(samples, base, recipe, *rest, **options)
+
+    monkeypatch.setattr(module, "fit", ending)
+    plan = sweep(Variant("a", {"steps": 2}, save=True), Variant("b", {"steps": 3}, save=True))
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path, plan)
+    lines = (tmp_path / "out" / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["variant"] for line in lines] == [REFERENCES, "a"]
+    assert HashMaps.from_pretrained(tmp_path / "out" / "a").training_info["recipe"]["steps"] == 2
+    monkeypatch.setattr(module, "fit", fit)
+    _, rows = study(tmp_path, plan)
+    assert [row["variant"] for row in rows] == [REFERENCES, "a", "b"] and begun == [2, 3]
+
+
+def test_a_seed_of_its_own_draws_other_weights_for_the_same_text(tmp_path):
+    plan = sweep(
+        Variant("first", {"steps": 2}), Variant("again", {"steps": 2}), Variant("other", {"steps": 2, "seed": 1})
+    )
+    _, (reference, *rows) = study(tmp_path, plan)
+    assert {row["text"] for row in rows} == {reference["text"]} and rows[2]["recipe"]["seed"] == 1
+    assert rows[0]["budgets"] == rows[1]["budgets"] != rows[2]["budgets"]
+
+
 def test_rows_from_before_a_field_was_there_still_count(tmp_path):
     told, one = [], sweep(Variant("a", {"steps": 2}))
     study(tmp_path, one, told)

@@ -140,11 +140,13 @@ class Lab:
         return self._allowed(variant.recipe(start), variant)
 
     def _allowed(self, recipe: Recipe, variant: Variant) -> Recipe:
-        """The recipe, if it can be trained on what was captured."""
+        """The recipe, if it can be trained on what was captured. A seed of its own is that of weights and draws, not of
+        the text.
+        """
         mine, theirs = (shards.capture_settings(each, self.base, "", "") for each in (self.sweep.recipe, recipe))
         for name, value in theirs.items():
             fewer = name == "sequences" and value <= mine[name]
-            if name != "values" and value != mine[name] and not fewer:
+            if name not in ("values", "seed") and value != mine[name] and not fewer:
                 raise ConfigError(
                     f"variant {variant.name!r}: {name} is {value!r}, but the sweep captures {mine[name]!r}; "
                     "give it a sweep of its own (fewer sequences are allowed)."
