@@ -84,7 +84,9 @@ def test_the_conditions_and_what_is_lacking(board: Board) -> None:
     assert "maps model-1.5b" in said
     assert "Not every task" not in table.reading(board)
     half = [row for row in board.rows if row.method != "hash" or row.task == "needle"]
-    assert table.reading(boards(half)[0]).endswith("Not every task has been run yet by hash.")
+    assert table.reading(boards(half)[0]).endswith("Not every task and length has been run yet by hash.")
+    short = [row for row in board.rows if row.method != "hash" or row.length != 8192]
+    assert table.reading(boards(short)[0]).endswith("Not every task and length has been run yet by hash.")
     dense = [row for row in board.rows if row.method == "dense"]
     assert table.reading(boards(dense)[0]).endswith("Only dense was run; add other methods to --methods.")
 
@@ -93,12 +95,22 @@ def test_markdown_has_every_column_in_every_row(board: Board) -> None:
     found = dataclasses.replace(board, rows=tuple(dataclasses.replace(row, name=f"a|{row.name}") for row in board.rows))
     lines = table.markdown(boards(found.rows)).splitlines()
     assert lines[0] == f"| {' | '.join(table.columns(board))} |"
-    rows = [line.replace("\\|", "") for line in lines if line.startswith("|")]
-    assert len(rows) == 2 + len(board.entries)
-    assert {row.count("|") for row in rows} == {len(table.columns(board)) + 1}
+    end = lines.index("")
+    first, second = lines[:end], [line for line in lines[end:] if line.startswith("|")]
+    for part, columns in ((first, table.columns(board)), (second, table.matrix(board, "length")[0])):
+        rows = [line.replace("\\|", "") for line in part]
+        assert len(rows) == 2 + len(board.entries)
+        assert {row.count("|") for row in rows} == {len(columns) + 1}
+    assert "ruler@8192" in second[0]
     assert "in brackets the difference to dense" in "\n".join(lines)
     assert any(line.startswith("Made by `hashattention eval") for line in lines)
     assert "###" not in "\n".join(lines)
+
+
+def test_one_length_needs_no_table_by_length(board: Board) -> None:
+    rows = [row for row in board.rows if row.length == 8192]
+    lines = table.markdown(boards(rows)).splitlines()
+    assert sum(line.startswith("| method") for line in lines) == 1
 
 
 def test_two_boards_have_headings() -> None:

@@ -143,7 +143,7 @@ def _family(name: str) -> str:
 def conditions(board: Board) -> str:
     """Where the numbers hold: what was served, and on how many samples."""
     tasks = dict.fromkeys(row.task for row in board.rows)
-    lengths = sorted({row.length for row in board.rows if row.length})
+    lengths = _lengths(board)
     samples = {row.pair for row in board.rows}
     sparse = "question and generation are sparse" if board.protocol == "question" else "generation alone is sparse"
     parts = [
@@ -170,9 +170,11 @@ def reading(board: Board, where: str = "below each") -> str:
         text += " These rows hold no dense run, so there are no differences; add dense to --methods."
     elif len(board.entries) == 1:
         text += " Only dense was run; add other methods to --methods."
-    lacking = [entry for entry in board.entries if len(entry.scores) < len(board.groups)]
+    run = {(row.method, row.density, row.task, row.length) for row in board.rows}
+    parts = {(task, length) for _, _, task, length in run}
+    lacking = [entry.name for entry in board.entries if any((*entry.place, *part) not in run for part in parts)]
     if lacking:
-        text += f" Not every task has been run yet by {', '.join(dict.fromkeys(entry.name for entry in lacking))}."
+        text += f" Not every task and length has been run yet by {', '.join(dict.fromkeys(lacking))}."
     return text
 
 
@@ -182,14 +184,22 @@ def markdown(found: Sequence[Board]) -> str:
 
 
 def _markdown(board: Board, heading: bool) -> str:
-    names = columns(board)
-    lines = [names, [":--", *("--:" for _ in names[1:])]]
-    lines += [[str(cell).replace("|", "\\|").replace("*", "\\*") for cell in row] for row in rows(board)]
-    table = [f"| {' | '.join(line)} |" for line in lines]
     made = f"Made by {_commands(board)}."
     star = "A star: the 95 % interval leaves out 0."
     title = [f"### {board.title}", ""] if heading else []
-    return "\n".join([*title, *table, "", conditions(board), reading(board, "in brackets"), star, made]) + "\n"
+    notes = [conditions(board), reading(board, "in brackets"), star, made]
+    by_length = ["", *_table(*matrix(board, "length"))] if len(_lengths(board)) > 1 else []
+    return "\n".join([*title, *_table(columns(board), rows(board)), *by_length, "", *notes]) + "\n"
+
+
+def _table(names: list[str], cells: list[list[Cell]]) -> list[str]:
+    lines = [names, [":--", *("--:" for _ in names[1:])]]
+    lines += [[str(cell).replace("|", "\\|").replace("*", "\\*") for cell in row] for row in cells]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _lengths(board: Board) -> list[int]:
+    return sorted({row.length for row in board.rows if row.length})
 
 
 def origins(board: Board) -> list[tuple[str, str]]:
