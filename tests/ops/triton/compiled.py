@@ -21,7 +21,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from hashattention.ops.triton import attend, decode, decode_step, encode_signature, logits, pool, score, select
+from hashattention.ops.triton import (
+    attend,
+    decode,
+    decode_step,
+    encode_signature,
+    logits,
+    pool,
+    score,
+    score_select,
+    select,
+)
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -92,6 +102,11 @@ def main(arch: int) -> None:
     decode_step(*step, new_key=(k[:, :, :1], key_maps, biases))
     code = torch.zeros(1, heads, 1, 2, dtype=torch.int32)
     score(code, signatures, heads)
+    # As many levels as there may be, and those of wide codes: each has bins of its own.
+    for width, levels in ((32, 127), (128, 7)):
+        wide = torch.zeros(1, heads, 1, width, dtype=torch.int8)
+        words = torch.zeros(1, heads, tokens, width // 32, dtype=torch.int32)
+        score_select(wide, words, *bounds, budgets, 336, levels=levels)
     for kind in (torch.float32, torch.int32):
         select(torch.zeros(1, heads, tokens, dtype=kind), *bounds, budgets, 336)
     pool(logits(q, k, 0.1).unflatten(1, (heads, 4)), *bounds, "peak_max")

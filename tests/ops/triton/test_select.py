@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from hashattention.ops import reference, triton
+from hashattention.ops.triton.select import SAMPLES, chunk_of
 
 
 def draw(words: int, *shape: int, mask: int = -1) -> Tensor:
@@ -102,6 +103,98 @@ def test_integer_ranges(words: int, levels: int, device: str) -> None:
 def test_paged_signatures(page: int, device: str) -> None:
     code = torch.randint(-7, 8, (2, 2, 1, 64)).to(torch.int8)
     compare(code, draw(2, 2, 2, 700), [[5, 700], [0, 123]], [4, 8, 40], 2, 60, 7, page, device)
+
+
+def signed(code: Tensor, best: Tensor) -> Tensor:
+    """Signatures of the highest score where `best` ``[T]``, of the lowest elsewhere."""
+    signs = reference.pack_bits(code > 0)
+    return torch.where(best[:, None], signs, ~signs)
+
+
+@pytest.mark.parametrize(("words", "levels"), [(1, 7), (2, 7), (4, 7), (1, 127)])
+@pytest.mark.parametrize("low", [True, False])
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_a_border_that_the_sample_missed(words: int, levels: int, low: bool, spread: float, device: str) -> None:
+    """Every sampled token has the lowest score and the others the highest, or the other way round; some are random."""
+    tokens, sink, local = 3000, 3, 5
+    code = torch.randint(1, levels + 1, (1, 1, 1, 32 * words)).to(torch.int8)
+    step = -(-(tokens - sink - local) // SAMPLES.value) | 1
+    sampled = (torch.arange(tokens) - sink) % step == 0
+    signatures = signed(code, sampled ^ low).expand(1, 1, -1, -1).clone()
+    noise = torch.rand(tokens) < spread
+    signatures[0, 0, noise & ~sampled] = draw(words, int((noise & ~sampled).sum()))
+    for heavy in (1, 100, int(sampled.sum()), int((~sampled).sum()) - local, 2991, 2992):
+        compare(code, signatures, [[0, tokens]], [sink, local, heavy], 1, 2800, levels, 0, device)
+
+
+@pytest.mark.parametrize(("words", "levels"), [(1, 7), (2, 7), (4, 7), (1, 127)])
+@pytest.mark.parametrize("best", [True, False])
+def test_a_border_at_the_highest_and_the_lowest_level(words: int, levels: int, best: bool, device: str) -> None:
+    code = torch.full((1, 1, 1, 32 * words), levels).to(torch.int8)
+    signatures = signed(code, torch.full((2500,), best)).expand(1, 1, -1, -1).clone()
+    for heavy in (1, 70, 2492):
+        compare(code, signatures, [[0, 2500]], [3, 5, heavy], 1, 2500, levels, 0, device)
+    signatures[0, 0, ::7] = draw(words, 358)
+    compare(code, signatures, [[0, 2500]], [3, 5, 70], 1, 2500, levels, 0, device)
+
+
+@pytest.mark.parametrize("heavy", [0, 1, 2090, 2091, 2092, 9999])
+def test_a_budget_that_needs_no_score_reads_none(heavy: int, device: str) -> None:
+    """All candidates or none: the rows' other tokens would have been written over stale scores."""
+    code = torch.randint(-7, 8, (1, 2, 1, 64)).to(torch.int8)
+    compare(code, draw(2, 1, 2, 2101), [[0, 2101]], [4, 6, heavy], 2, 2101, 7, 0, device)
+
+
+@pytest.mark.parametrize("sampled_high", [None, False, True])
+def test_a_row_of_many_chunks(sampled_high: bool | None, device: str) -> None:
+    """More chunks than one load of counts holds, with the border in the window, above it and below it."""
+    tokens = 35000
+    code = torch.randint(1, 8, (1, 1, 1, 64)).to(torch.int8)
+    signatures = draw(2, 1, 1, tokens)
+    if sampled_high is not None:
+        step = -(-(tokens - 8) // SAMPLES.value) | 1
+        sampled = (torch.arange(tokens) - 3) % step == 0
+        signatures[0, 0] = signed(code, sampled ^ (not sampled_high))
+        signatures[0, 0, 1::9] = draw(2, len(range(1, tokens, 9)))
+    compare(code, signatures, [[0, tokens]], [3, 5, 4000], 1, 4008, 7, 0, device)
+
+
+def test_chunks_are_few_enough_to_be_read_by_every_program() -> None:
+    for tokens in (1, 1000, 2**17, 2**20 + 1, 2**22):
+        for rows in (1, 8, 2048):
+            assert -(-tokens // chunk_of(tokens, rows)) <= 128
+
+
+@pytest.mark.gpu
+def test_a_large_batch_of_wide_codes() -> None:
+    code = torch.randint(-7, 8, (256, 4, 1, 128)).to(torch.int8)
+    bounds = [[b % 7, 4001 + 15 * b % 4001] for b in range(256)]
+    compare(code, draw(4, 256, 4, 8002), bounds, [4, 16, 300], 4, 320, 7, 0, "cuda")
+
+
+@pytest.mark.gpu
+def test_a_captured_selection_follows_its_inputs() -> None:
+    """Replays with the border in the window, above it and below it, all and none taken, in any order."""
+    tokens, sink, local = 20000, 3, 5
+    code = torch.randint(1, 8, (1, 1, 1, 64)).to(torch.int8).cuda()
+    bounds = torch.tensor([0]).int().cuda(), torch.tensor([tokens]).int().cuda()
+    budgets = torch.tensor([[[sink, local, 100]]]).int().cuda()
+    sampled = (torch.arange(tokens, device="cuda") - sink) % (-(-(tokens - sink - local) // SAMPLES.value) | 1) == 0
+    kinds = [draw(2, tokens).cuda(), signed(code, sampled), signed(code, ~sampled)]
+    signatures = kinds[0].expand(1, 1, -1, -1).clone()
+    arguments = (code, signatures, *bounds, budgets, tokens, None, None, 7)
+    triton.score_select(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = triton.score_select(*arguments)
+    for heavy in (100, 0, 1, 9999, 600, tokens):
+        for kind in kinds:
+            signatures[0, 0] = kind
+            budgets[0, 0, 2] = heavy
+            graph.replay()
+            expected = reference.score_select(*arguments)
+            assert torch.equal(actual[0], expected[0])
+            assert torch.equal(actual[1], expected[1])
 
 
 @pytest.mark.gpu

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hashattention.ops.triton.tickets import take
+
 
 @triton.jit
 def _rows_of(indices, slot, inside, request, table, s0, s2, table_width, page, PAGED: tl.constexpr):
@@ -99,6 +101,7 @@ def _attend(
         done = tl.atomic_add(tickets + row, 1, sem="acq_rel") == SPLITS - 1
     if done:
         if SPLITS > 1:
+            tl.store(tickets + row, 0)
             sum_v, top, total = _merge(parts, maxima, sums, SPLITS, row, DV, DVP, R, RP)
         result = sum_v * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
         head_row = row * R + r
@@ -125,10 +128,9 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     block_table: Tensor | None = None,
-    tickets: Tensor | None = None,
     v_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.attend`; `tickets` are int32 zeros, one a row (made here if not given)."""
+    """As `reference.attend`."""
     batch, query_heads, _, dim = q.shape
     heads, capacity = indices.shape[1:]
     rows, per_row, dim_v, device = batch * heads, query_heads // heads, v.shape[-1], q.device
@@ -136,13 +138,12 @@ def attend(
     splits = splits_of(capacity, rows)
     out = torch.empty((batch, query_heads, 1, dim_v), dtype=q.dtype, device=device)
     logsumexp = torch.empty((batch, query_heads, 1), dtype=torch.float32, device=device)
-    parts = sums = None
+    parts = sums = tickets = None
     if splits > 1:
         scratch = torch.empty(rows * splits * per_row * (dim_v + 2), dtype=torch.float32, device=device)
         each = rows * splits * per_row
         parts, sums = scratch[: each * dim_v], scratch[each * dim_v :].view(2, each)
-        if tickets is None:
-            tickets = torch.zeros(rows, dtype=torch.int32, device=device)
+        tickets = take(rows, device)
     interpreted = _attend.__class__.__name__ == "InterpretedFunction"
     short = q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and not interpreted)
     _attend[(splits, heads, batch)](

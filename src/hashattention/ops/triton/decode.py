@@ -1,4 +1,4 @@
-"""decode: the whole sparse step: encode, score and count, count the border's low bits, write indices, attend."""
+"""decode: the whole sparse step in four launches: encode, score and count, write indices, attend."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hashattention.ops.triton.attend import attend
-from hashattention.ops.triton.encode import dot_type, launch, launch_pair, tickets_of, write_signature
+from hashattention.ops.triton.encode import dot_type, launch, launch_pair, write_signature
 from hashattention.ops.triton.select import score_select
 
 #: The newest key ``[B, Hs, 1, D]`` and its map's weights and biases.
@@ -32,8 +32,7 @@ def decode_step(
     v_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """As the op `decode`; `new_key` is encoded in the same launch as q, its signature goes to ``end[b] - 1``."""
-    batch, heads = budgets.shape[:2]
-    maps, bits = weights[0].shape[0], weights[-1].shape[-1]
+    batch, maps, bits = q.shape[0], weights[0].shape[0], weights[-1].shape[-1]
     # One query a head, so a group's queries already lie side by side.
     x = q.reshape(batch, maps, 1, -1)
     if levels:
@@ -41,19 +40,16 @@ def decode_step(
     else:
         code = torch.empty((batch, maps, 1, bits // 32), dtype=torch.int32, device=q.device)
     rate = torch.empty((batch, maps, 1), dtype=torch.float32, device=q.device)
-    # One fill clears the counters of all launches.
-    encoded = tickets_of(batch, maps + (new_key[0].shape[1] if new_key else 0))
-    tickets = torch.zeros(encoded + batch * heads, dtype=torch.int32, device=q.device)
     if new_key and dot_type(new_key[0], new_key[1][0]) == dot_type(x, weights[0]):
         key, maps_of_key = new_key[0], new_key[1:]
-        launch_pair(x, (weights, biases), code, rate, levels, key, maps_of_key, signatures, end, block_table, tickets)
+        launch_pair(x, (weights, biases), code, rate, levels, key, maps_of_key, signatures, end, block_table)
     else:
         if new_key:
             write_signature(*new_key, signatures, end - 1, block_table)
-        launch(x, weights, biases, code, rate, levels=levels, tickets=tickets)
+        launch(x, weights, biases, code, rate, levels=levels)
     bounds = (start, end, budgets, capacity)
     indices, counts = score_select(code, signatures, *bounds, block_table=block_table, levels=levels or 127)
-    return attend(q, k, v, indices, counts, scale, softcap, block_table, tickets=tickets[encoded:], v_scale=v_scale)
+    return attend(q, k, v, indices, counts, scale, softcap, block_table, v_scale=v_scale)
 
 
 def decode(

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hashattention.ops.triton.tickets import take
+
 #: Bytes of the last stage's weights one program keeps whole; a wider last stage is refused.
 LAST_STAGE_BYTES = 65536
 #: Rows of a block where there are few, and of a prefill's.
@@ -177,6 +179,8 @@ def _encode_head(
         tl.debug_barrier()
         done = tl.atomic_add(tickets, 1, sem="acq_rel") == SPLITS - 1
     if done:
+        if SPLITS > 1:
+            tl.store(tickets, 0)
         if STAGES == 1:
             logits = _first_stage(x_row, rows, w0, b0, 0, IN, N0, P1, BK, DOT)
         elif SPLITS == 1:
@@ -269,11 +273,6 @@ def splits_of(hidden: int, programs: int) -> int:
     return max(1, min(MOST_SPLITS, hidden // SPLIT_COLUMNS, 2 * MULTIPROCESSORS // programs))
 
 
-def tickets_of(rows: int, heads: int) -> int:
-    """int32 zeros a launch needs at most; a multiple of 4, so that what lies behind them stays aligned."""
-    return triton.cdiv(triton.cdiv(rows, FEW) * heads, 4) * 4
-
-
 def _shape(widths: list[int], splits: int) -> dict[str, Any]:
     """The constants of a map's stages."""
     filled, stages = [*widths, 0, 0][:3], len(widths)
@@ -296,12 +295,13 @@ def _map(weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
 
 
 def _scratch(
-    splits: int, programs: int, block: int, shape: dict[str, Any], device: torch.device, tickets: Tensor | None
+    splits: int, programs: int, block: int, shape: dict[str, Any], device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the splits' parts, and their tickets."""
     if splits == 1:
         return None, None
     parts = torch.empty(programs * splits * block * shape["P1"], dtype=torch.float32, device=device)
-    return parts, torch.zeros(programs, dtype=torch.int32, device=device) if tickets is None else tickets
+    return parts, take(programs, device)
 
 
 def launch(
@@ -314,10 +314,9 @@ def launch(
     levels: int = 0,
     first: Tensor | None = None,
     block_table: Tensor | None = None,
-    tickets: Tensor | None = None,
 ) -> None:
     """Encode x ``[B, H, T, in]`` into `out`: packed signs, int8 codes if `levels`, at cache positions
-    ``first[b] + t`` if `first` is given; `tickets` are int32 zeros (`tickets_of`), made here if not given.
+    ``first[b] + t`` if `first` is given.
     """
     batch, heads, tokens, width = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -326,7 +325,7 @@ def launch(
     few = block == FEW and len(weights) > 1
     splits = splits_of(weights[0].shape[2], blocks * heads) if few else 1
     shape = _shape([w.shape[2] for w in weights], splits)
-    parts, tickets = _scratch(splits, blocks * heads, block, shape, x.device, tickets)
+    parts, tickets = _scratch(splits, blocks * heads, block, shape, x.device)
     page = out.shape[2]
     cached = page if block_table is None else block_table.shape[1] * page
     _encode[(blocks * splits, heads)](
@@ -349,7 +348,6 @@ def launch_pair(
     cache: Tensor,
     end: Tensor,
     block_table: Tensor | None,
-    tickets: Tensor,
 ) -> None:
     """Queries ``[B, Hc, 1, in]`` to codes and keys ``[B, Hs, 1, in]`` to position ``end[b] - 1`` of the cache, in one
     launch; both maps have the same widths behind their inputs.
@@ -359,11 +357,11 @@ def launch_pair(
     widths, blocks = [w.shape[2] for w in maps[0]], triton.cdiv(batch, FEW)
     splits = splits_of(widths[0], blocks * (heads + key_heads)) if len(widths) > 1 else 1
     shape = _shape(widths, splits)
-    parts, tickets_used = _scratch(splits, blocks * (heads + key_heads), FEW, shape, x.device, tickets)
+    parts, tickets = _scratch(splits, blocks * (heads + key_heads), FEW, shape, x.device)
     page = cache.shape[2]
     cached = page if block_table is None else block_table.shape[1] * page
     _encode_pair[(blocks * splits, heads + key_heads)](
-        x, *_map(*maps), code, scale, key, *_map(*key_maps), cache, end, block_table, parts, tickets_used,
+        x, *_map(*maps), code, scale, key, *_map(*key_maps), cache, end, block_table, parts, tickets,
         batch, heads, key_heads, cached, *x.stride()[:2], *code.stride()[:3], *key.stride()[:2], *cache.stride()[:3],
         0 if block_table is None else block_table.stride(0), page,
         IN=x.shape[3], KEY_IN=key.shape[3], **shape, LEVELS=levels, PAGED=block_table is not None,

@@ -1,6 +1,4 @@
-"""score: integer scores of all signatures by population counts, with a histogram and its threshold in the same
-launch.
-"""
+"""score: integer scores of all signatures by population counts."""
 
 from __future__ import annotations
 
