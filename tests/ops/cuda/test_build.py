@@ -30,17 +30,48 @@ def test_a_step_starts_early_where_that_was_measured_faster(batch, tokens, early
     assert step.starts_early(shape, 8 * batch, tokens, 64) is early
 
 
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "threads", "wide"),
+    [
+        (1 << 12, (256, 0), 256, False),
+        (1 << 15, (256, 256), 256, False),
+        (1 << 16, (256, 0), 384, False),
+        (1 << 17, (512, 0), 512, False),
+        (1 << 19, (256, 256), 384, False),
+        (1 << 19, (256, 0), 384, True),
+        (1 << 20, (128, 0), 384, True),
+    ],
+)
+def test_a_step_of_few_rows_has_the_shape_of_its_length(tokens, hidden, threads, wide):
+    shape = step.choose_fused(8, 1, tokens, tokens // 32, 512, hidden, 64, 128)
+    assert shape is not None
+    assert (shape.threads, shape.wide) == (threads, wide)
+
+
+def test_blocks_that_wait_for_each_other_need_a_multiprocessor_each():
+    def is_wide(batch, processors):
+        shape = step.choose_fused(8, batch, 1 << 19, 1 << 14, 512, (256, 0), 64, 128, processors)
+        return shape is not None and shape.wide
+
+    assert is_wide(1, 128)
+    assert not is_wide(1, 127)
+    assert not is_wide(2, 132)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(build.find_compiler() is None, reason="needs nvcc")
-def test_both_kernels_compile_for_sm_90(monkeypatch, tmp_path):
+def test_all_kernels_compile_for_sm_90(monkeypatch, tmp_path):
     """No GPU is needed to compile and to load the library."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape = {"HIDDEN0": 256, "HIDDEN1": 256, "WORDS": 2, "LEVELS": 7, "PLANES": 3, "HALF": 0, "PAGED": 0}
     sizes = {"THREADS": 256, "BLOCKS": 8, "RESIDENT": 2}
     build.load("encode", QUERY_IN=512, KEY_IN=128, HEAD_DIM=64, ROWS=1, MODE=0, TILE=16, **shape, **sizes)
-    library = build.load("step", HEAD_DIM=128, ROWS=4, MODE=3, **shape, **sizes)
-    assert len(list(tmp_path.rglob("*.so"))) == 2
-    assert library.run
+    step_library = build.load("step", HEAD_DIM=128, ROWS=4, MODE=3, **shape, **sizes)
+    shape |= {"HIDDEN1": 0, "THREADS": step.WIDE_THREADS, "BLOCKS": step.WIDE_BLOCKS, "RESIDENT": 1}
+    wide_library = build.load("wide", HEAD_DIM=128, ROWS=4, MODE=3, **shape)
+    assert len(list(tmp_path.rglob("*.so"))) == 3
+    assert step_library.run
+    assert wide_library.run
 
 
 def test_a_source_that_does_not_compile_is_one_clear_error(monkeypatch, tmp_path):

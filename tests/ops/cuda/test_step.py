@@ -94,6 +94,11 @@ CASES = [
     (case, {"batch": 1, "tokens": 1 << 20, "heads": 2}),
     (case, {"batch": 1, "tokens": 40000, "hidden": (256,)}),
     (case, {"batch": 1, "tokens": 20480}),
+    (case, {"batch": 1, "tokens": 1 << 17, "hidden": (256,)}),
+    (case, {"batch": 1, "tokens": 100000}),
+    (case, {"batch": 1, "tokens": 70000, "bits": 32, "hidden": (256,)}),
+    (case, {"batch": 1, "tokens": 70000, "bits": 128, "hidden": (256,)}),
+    (case, {"batch": 1, "tokens": 70000, "dim": 64, "heads": 2, "group": 7, "hidden": (128,)}),
 ]
 
 
@@ -164,7 +169,7 @@ def test_a_border_far_below_half_the_weights(batch, tokens):
 
 
 @pytest.mark.parametrize("hidden", [(256,), (256, 256)])
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 2048), (1, 32768), (6, 2048)])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 2048), (1, 32768), (1, 1 << 17), (6, 2048)])
 def test_the_newest_key_is_signed(batch, tokens, hidden):
     """By blocks of its own or by the launch before: every bit whose logit is not about 0, and no other signature."""
     made = case(batch, tokens, hidden=hidden)

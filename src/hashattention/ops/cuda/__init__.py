@@ -19,6 +19,7 @@ from hashattention.ops.cuda.step import (
     Map,
     choose,
     choose_fused,
+    count_processors,
     describe,
     encode,
     encode_blocks,
@@ -176,7 +177,8 @@ def decode_step(
     x = q.view(batch, heads, 1, -1)
     if hidden and (heads * batch <= FEW_ROWS if fused is None else fused):
         outputs = q.shape[1] // heads * q.shape[-1]
-        whole = choose_fused(heads, batch, tokens, capacity, outputs, hidden, bits, q.shape[-1])
+        processors = count_processors(q.device)
+        whole = choose_fused(heads, batch, tokens, capacity, outputs, hidden, bits, q.shape[-1], processors)
         if whole:
             maps = describe(x, weights, biases), describe(*new_key) if new_key else Map()
             run(3, hidden=hidden, maps=maps, shape=whole)

@@ -42,7 +42,9 @@ __device__ __forceinline__ void merge(const float* tops, const float* sums, int 
     for (int j = 0; j < COUNT; j++) factors[j] = exp2_fast(factors[j] - safe), weight += factors[j] * sums[j * stride];
 }
 
-__device__ __forceinline__ void attend(cg::cluster_group& cluster, const Arguments& a, Shared& s, int length, int request, int head, int64_t row_id) {
+// One block's share, two outputs at a time to `hand`, with the maximum and the sum of their query head.
+template <typename Hand>
+__device__ __forceinline__ void attend_own(const Arguments& a, Shared& s, int length, int request, int head, Hand hand) {
     constexpr int CHUNKS = HEAD_DIM / 32, HALVES = HEAD_DIM / 64;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
     int kv_head = head / a.ratio;
@@ -148,8 +150,6 @@ __device__ __forceinline__ void attend(cg::cluster_group& cluster, const Argumen
         }
     }
     __syncthreads();
-    constexpr int SHARE = ROWS * HEAD_DIM / BLOCKS;
-    int rank = cluster.block_rank();
     for (int i = threadIdx.x * 2; i < ROWS * HEAD_DIM; i += THREADS * 2) {
         int r = i / HEAD_DIM;
         float high, weight, factors[WARPS];
@@ -160,16 +160,15 @@ __device__ __forceinline__ void attend(cg::cluster_group& cluster, const Argumen
             float2 part = *reinterpret_cast<const float2*>(parts + w * ROWS * HEAD_DIM + i);
             value.x += factors[w] * part.x, value.y += factors[w] * part.y;
         }
-        *reinterpret_cast<float2*>(cluster.map_shared_rank(s.parts, i / SHARE) + rank * SHARE + i % SHARE) = value;
-        if (i % HEAD_DIM < BLOCKS * 2) {
-            float* to = cluster.map_shared_rank(s.stats, i % HEAD_DIM / 2) + rank * 16 + r;
-            to[0] = high, to[8] = weight;
-        }
+        hand(i, r, value, high, weight);
     }
     MARK(13);
-    cluster.sync();
-    MARK(14);
-    // Few threads a block: each sums its output over the blocks, in order, so that every run gives the same bits.
+}
+
+constexpr int SHARE = ROWS * HEAD_DIM / BLOCKS;
+
+// Few threads a block: each sums its output over the blocks, in order, so that every run gives the same bits.
+__device__ __forceinline__ void merge_blocks(const Arguments& a, const Shared& s, int rank, int64_t row_id) {
     for (int i = threadIdx.x; i < SHARE; i += THREADS) {
         int r = (rank * SHARE + i) / HEAD_DIM;
         float high, weight, value = 0, factors[BLOCKS];
@@ -186,4 +185,18 @@ __device__ __forceinline__ void attend(cg::cluster_group& cluster, const Argumen
         if ((rank * SHARE + i) % HEAD_DIM == 0) a.logsumexp[row_id * ROWS + r] = weight > 0 ? (high + __log2f(weight)) * 0.6931471805599453f : -INFINITY;
     }
     MARK(15);
+}
+
+__device__ __forceinline__ void attend(cg::cluster_group& cluster, const Arguments& a, Shared& s, int length, int request, int head, int64_t row_id) {
+    int rank = cluster.block_rank();
+    attend_own(a, s, length, request, head, [&](int i, int r, float2 value, float high, float weight) {
+        *reinterpret_cast<float2*>(cluster.map_shared_rank(s.parts, i / SHARE) + rank * SHARE + i % SHARE) = value;
+        if (i % HEAD_DIM < BLOCKS * 2) {
+            float* to = cluster.map_shared_rank(s.stats, i % HEAD_DIM / 2) + rank * 16 + r;
+            to[0] = high, to[8] = weight;
+        }
+    });
+    cluster.sync();
+    MARK(14);
+    merge_blocks(a, s, rank, row_id);
 }

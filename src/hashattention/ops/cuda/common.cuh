@@ -11,6 +11,11 @@
 
 namespace cg = cooperative_groups;
 
+// wide.cu says otherwise before it includes this.
+#ifndef WIDE
+#define WIDE 0
+#endif
+
 #ifdef PROFILE
 __device__ long long profile[64];
 #define MARK(i) if (threadIdx.x == 0 && blockIdx.x + blockIdx.y + blockIdx.z == 0) { long long t; asm volatile("mov.u64 %0, %%clock64;" : "=l"(t)); profile[i] = t; }
@@ -108,6 +113,8 @@ struct Arguments {
     int prefetch;                 // tokens of a block
     float scale, softcap;
     Map query, key;               // only where the step encodes; key.x may be null
+    char* board;                  // wide.cu: rows of `board_row` bytes, as `Board` has it
+    int64_t board_row;
 };
 
 struct Row {

@@ -104,30 +104,42 @@ __device__ __forceinline__ uint4 load_key(const uint32_t* from) {
     return key;
 }
 
-// A candidate's entry is its score - `base`, kept within 0..127; any other token's is 0.
-__device__ void score(const Arguments& a, Shared& s, const Row& row, int first, int segment, int request, int head, int base) {
-    // Selection alone, and short signatures, leave registers for more blocks a multiprocessor.
-    constexpr int UNROLL = (MODE == 1 || WORDS == 1 ? 8 : 16) / LOADS, TOGETHER = 4;
+// Selection alone, and short signatures, leave registers for more blocks a multiprocessor; 384 threads have fewer each than 256.
+constexpr int UNROLL = (MODE == 1 || WORDS == 1 || THREADS == 384 ? 8 : 16) / LOADS;
+// The first signatures are loaded before the code is known, where registers hold them so long.
+constexpr bool AHEAD = MODE == 3 && RESIDENT == 1 && (WIDE || THREADS <= 256);
+
+typedef uint4 Keys[UNROLL][LOADS];
+
+// A warp's signatures from chunk `begin` on.
+__device__ __forceinline__ void load_keys(const Arguments& a, const Row& row, int first, int segment, int request, int head, int begin, Keys& key) {
+    int lane = threadIdx.x & 31, limit = min(row.local_begin, first + segment);
+    const uint32_t* dense = a.signatures + place_signature(a, request, head, PAGED ? 0 : first);
+    bool whole = (begin + (UNROLL - 1) * WARPS + 1) * CHUNK <= limit - first;
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+#pragma unroll
+        for (int l = 0; l < LOADS; l++) {
+            int offset = (begin + u * WARPS) * CHUNK + lane * (4 / WORDS) + l * 32;
+            if (whole || first + offset < limit) {
+                const uint32_t* from = PAGED ? a.signatures + place_signature(a, request, head, first + offset) : dense + int64_t(offset) * WORDS;
+                key[u][l] = load_key(from);
+            }
+        }
+    }
+}
+
+// A candidate's entry is its score - `base`, kept within 0..127; any other token's is 0. `loaded`: the first signatures are in `key`.
+__device__ __forceinline__ void score(const Arguments& a, Shared& s, const Row& row, int first, int segment, int request, int head, int base, Keys& key, bool loaded) {
+    constexpr int TOGETHER = 4;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     int limit = min(row.local_begin, first + segment);
     uint32_t lift = __byte_perm(-base, -base, 0x5410);
-    const uint32_t* dense = a.signatures + place_signature(a, request, head, PAGED ? 0 : first);
     Code code(s.planes);
     int chunks = (max(0, limit - first) + CHUNK - 1) / CHUNK;
     for (int begin = warp; begin < chunks; begin += WARPS * UNROLL) {
-        uint4 key[UNROLL][LOADS];
-        bool whole = (begin + (UNROLL - 1) * WARPS + 1) * CHUNK <= limit - first;
-#pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
-#pragma unroll
-            for (int l = 0; l < LOADS; l++) {
-                int offset = (begin + u * WARPS) * CHUNK + lane * (4 / WORDS) + l * 32;
-                if (whole || first + offset < limit) {
-                    const uint32_t* from = PAGED ? a.signatures + place_signature(a, request, head, first + offset) : dense + int64_t(offset) * WORDS;
-                    key[u][l] = load_key(from);
-                }
-            }
-        }
+        if (!AHEAD || !loaded) load_keys(a, row, first, segment, request, head, begin, key);
+        loaded = false;
         // Several chunks between two branches, so that one's products run under another's.
 #pragma unroll
         for (int v = 0; v < UNROLL; v += TOGETHER) {
@@ -164,3 +176,15 @@ __device__ void score(const Arguments& a, Shared& s, const Row& row, int first, 
 #pragma unroll 1
     for (int i = chunks * CHUNK + threadIdx.x * 16; i < segment; i += THREADS * 16) *reinterpret_cast<uint4*>(s.scores() + i) = make_uint4(0, 0, 0, 0);
 }
+
+#if MODE == 3
+// The newest token's entry, where it is a candidate: its signature is made by this very launch, so no load may look for it.
+__device__ void score_newest(Shared& s, int offset, int base) {
+    if (threadIdx.x) return;
+    int sum = -base;
+    for (int i = 0; i < PLANES * WORDS; i++) sum += __popc(s.planes[WORDS + i] & (s.newest()[i % WORDS] ^ s.planes[i % WORDS])) << i / WORDS;
+    int entry = max(0, min(BINS - 1, sum));
+    s.scores()[offset] = entry;
+    if (entry) s.counts[entry]++;
+}
+#endif

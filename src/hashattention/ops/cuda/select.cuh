@@ -2,10 +2,9 @@
 #pragma once
 #include "common.cuh"
 
-// counts[b] becomes the number of this block's entries >= b, and goes to every block of the cluster. Every warp sums for itself.
-__device__ void share_counts(cg::cluster_group& cluster, Shared& s) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, rank = cluster.block_rank();
-    // Lane i holds bins 124 - 4 i up to 127 - 4 i.
+// How many of this block's entries are >= each bin: a lane's four bins, 124 - 4 lane and up, in 16 bits each. Every warp sums for itself.
+__device__ __forceinline__ uint2 sum_counts(const Shared& s) {
+    int lane = threadIdx.x & 31;
     int4 bins = *reinterpret_cast<const int4*>(s.counts + BINS - 4 * (lane + 1));
     int own[4] = {bins.x, bins.y, bins.z, bins.w};
 #pragma unroll
@@ -23,10 +22,18 @@ __device__ void share_counts(cg::cluster_group& cluster, Shared& s) {
     for (int i = 0; i < 4; i++) own[i] += before, full += own[i] > 0xffff && (lane < 31 || i > 0);
     full = __reduce_add_sync(~0u, full);
     if (lane == 31) own[0] = full;
-    uint2 all = make_uint2((own[0] & 0xffff) | own[1] << 16, (own[2] & 0xffff) | own[3] << 16);
+    return make_uint2((own[0] & 0xffff) | own[1] << 16, (own[2] & 0xffff) | own[3] << 16);
+}
+
+__device__ __forceinline__ void store_counts(uint16_t* slices, int block, int lane, uint2 all) {
+    *reinterpret_cast<uint2*>(slices + block * BINS + BINS - 4 * (lane + 1)) = all;
+}
+
+// Every block's sums go to every block of the cluster.
+__device__ void share_counts(cg::cluster_group& cluster, Shared& s) {
+    uint2 all = sum_counts(s);
 #pragma unroll
-    for (int to = warp; to < BLOCKS; to += WARPS)
-        *reinterpret_cast<uint2*>(cluster.map_shared_rank(s.slices, to) + rank * BINS + BINS - 4 * (lane + 1)) = all;
+    for (int to = threadIdx.x >> 5; to < BLOCKS; to += WARPS) store_counts(cluster.map_shared_rank(s.slices, to), cluster.block_rank(), threadIdx.x & 31, all);
 }
 
 // How many entries of a block are >= bin, 0 < bin < BINS; `large`: a block may hold 65536.
@@ -40,6 +47,7 @@ struct Border {
     int skip;           // so many of those at the border are left out, the oldest first
     int heavy;          // tokens taken
     int above, equal;   // entries of the blocks before this one, above and at the border
+    int own, most;      // tokens taken of this block, and the most of any (wide.cu)
 };
 
 __device__ __forceinline__ Border find_border(const Shared& s, int rank, int heavy, bool last, bool large) {
@@ -64,6 +72,16 @@ __device__ __forceinline__ Border find_border(const Shared& s, int rank, int hea
     b.skip = all - b.heavy;
     b.above = __reduce_add_sync(~0u, lane < rank ? above : 0);
     b.equal = __reduce_add_sync(~0u, lane < rank ? least : 0) - b.above;
+    if (WIDE) {
+        int equal = least - above, scan = equal;
+#pragma unroll
+        for (int step = 1; step < BLOCKS; step *= 2) {
+            int other = __shfl_up_sync(~0u, scan, step);
+            if (lane >= step) scan += other;
+        }
+        int taken = least - min(max(b.skip - (scan - equal), 0), equal);
+        b.own = __shfl_sync(~0u, taken, rank), b.most = __reduce_max_sync(~0u, taken);
+    }
     return b;
 }
 
@@ -137,5 +155,6 @@ __device__ __forceinline__ void compact(Shared& s, const Border& b, int first, i
 template <typename Emit>
 __device__ __forceinline__ void compact_row(Shared& s, const Border& b, int first, int segment, Emit emit) {
     if (segment <= 512 * WARPS) compact<1>(s, b, first, segment, emit);
+    else if (WIDE && segment <= 1024 * WARPS) compact<2>(s, b, first, segment, emit);
     else compact<4>(s, b, first, segment, emit);
 }

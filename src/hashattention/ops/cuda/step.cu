@@ -41,34 +41,21 @@ __device__ __forceinline__ void encode_query(cg::cluster_group& cluster, const A
     __syncthreads();
     MARK(5);
 }
-
-// The newest token's entry, where it is a candidate: its signature is made by this very launch, so no load may look for it.
-__device__ void score_newest(Shared& s, int offset, int base) {
-    if (threadIdx.x) return;
-    int sum = -base;
-    for (int i = 0; i < PLANES * WORDS; i++) sum += __popc(s.planes[WORDS + i] & (s.newest()[i % WORDS] ^ s.planes[i % WORDS])) << i / WORDS;
-    int entry = max(0, min(BINS - 1, sum));
-    s.scores()[offset] = entry;
-    if (entry) s.counts[entry]++;
-}
 #endif
 
-__device__ Border select_row(cg::cluster_group& cluster, const Arguments& a, Shared& s, const Row& row, int first, int segment, int request, int head) {
+__device__ __forceinline__ Border select_row(cg::cluster_group& cluster, const Arguments& a, Shared& s, const Row& row, const Row& older, int first, int segment, int request, int head, Keys& key) {
     int rank = cluster.block_rank();
     // Entries tell 126 scores above the base apart: the best, or those from the middle up where there are many. The border may lie
     // below them or among the ones that are all 127: then the base moves there.
     int largest = largest_score(s.planes), base = max(-1, min(largest - 127, largest / 2));
-    Row older = row;
-    bool newest = MODE == 3 && a.key.x != nullptr && row.local_begin == row.stop && row.stop > row.sink_stop;
-    if (newest) older.local_begin--;
-    newest = newest && row.stop - 1 >= first && row.stop - 1 < first + segment;
+    bool newest = older.local_begin < row.local_begin && row.stop - 1 >= first && row.stop - 1 < first + segment;
 #if MODE == 3
     if (newest) write_signature(a, s, request, head, true);
 #endif
     for (bool again = false;; again = true) {
         for (int i = threadIdx.x; i < BINS; i += THREADS) s.counts[i] = 0;
         __syncthreads();
-        score(a, s, older, first, segment, request, head, base);
+        score(a, s, older, first, segment, request, head, base, key, !again);
         __syncthreads();
 #if MODE == 3
         if (newest) {
@@ -119,7 +106,15 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         int low = row.sink_stop & ~7, candidates = max(0, row.local_begin - low);
         int segment = (candidates + BLOCKS * CHUNK - 1) / (BLOCKS * CHUNK) * CHUNK, first = low + rank * segment;
         bool selects = row.heavy > 0 && candidates > 0;
-        auto early = [&] { if (selects) prefetch(a, row, first, segment, request, head); };
+        // The newest token's signature, where it is a candidate, is made by this very launch: no load may look for it.
+        Row older = row;
+        if (MODE == 3 && a.key.x != nullptr && row.local_begin == row.stop && row.stop > row.sink_stop) older.local_begin--;
+        Keys key;
+        auto early = [&] {
+            if (!selects) return;
+            prefetch(a, row, first, segment, request, head);
+            if (AHEAD) load_keys(a, older, first, segment, request, head, threadIdx.x >> 5, key);
+        };
 #if MODE == 3
         encode_query(cluster, a, s, request, head, early);
 #endif
@@ -133,7 +128,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         }
         MARK(6);
         Border border = {BINS, 0, 0, 0, 0};
-        if (selects) border = select_row(cluster, a, s, row, first, segment, request, head);
+        if (selects) border = select_row(cluster, a, s, row, older, first, segment, request, head, key);
         else if (MODE != 3) cluster.barrier_wait();
         MARK(9);
         int sink = row.sink_stop - row.begin, local = row.stop - row.local_begin, count = sink + border.heavy + local;

@@ -1,8 +1,9 @@
-"""Launchers of the two CUDA kernels: encode (queries and the new key), and step (score, select, attend at once)."""
+"""Launchers of the CUDA kernels: encode (queries and the new key), and step (score, select, attend at once) or wide."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hashattention.errors import BackendError
+from hashattention.ops.cuda.board import find_board
 from hashattention.ops.cuda.build import load
 
 LONG, INT, FLOAT, POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
@@ -67,6 +69,8 @@ class Step(ctypes.Structure):
         ("softcap", FLOAT),
         ("query", Map),
         ("key", Map),
+        ("board", POINTER),
+        ("board_row", LONG),
     )
 
 
@@ -108,7 +112,7 @@ FULL = 128
 
 class Shape(NamedTuple):
     """How rows are launched: threads of a block, blocks of a row, blocks that share a multiprocessor (the registers a
-    thread may take follow from it), slots of a block's list, shared bytes of a block.
+    thread may take follow from it), slots of a block's list, shared bytes of a block, and whether by wide.cu.
     """
 
     threads: int
@@ -116,6 +120,7 @@ class Shape(NamedTuple):
     resident: int
     slots: int
     shared: int
+    wide: bool = False
 
 
 #: (threads, blocks a row), from few rows to many.
@@ -123,6 +128,13 @@ SHAPES = ((256, 16), (256, 8), (256, 4), (256, 2), (256, 1))
 #: Blocks a row -> rows whose clusters find a multiprocessor for every block: a cluster lies in one of eight groups of
 #: 16 or 18 multiprocessors, less those that are switched off.
 ALONE = {16: 7, 8: 14, 4: 30, 2: 64, 1: 132}
+#: Slots of a cache from which on 384 threads are faster than 256 that load signatures before they know the code: on one
+#: H100, 8 KV heads, 64 bits, 27.5 us against 30.0 at 128K, and 19.2 against 18.5 at 32K.
+MORE_THREADS_SLOTS = 1 << 16
+#: Slots from which on wide.cu is faster than clusters: there 90.5 us against 105.9 at 1M, 28.7 against 27.5 at 128K.
+WIDE_SLOTS = 1 << 19
+#: Blocks of a row in wide.cu, all of them running at once on multiprocessors of their own, and their threads.
+WIDE_BLOCKS, WIDE_THREADS = 16, 384
 #: Multiprocessors, shared memory of one, and what each block takes of it beside its own.
 PROCESSORS, SHARED_BYTES, BLOCK_BYTES = 132, 228 * 1024, 1024
 #: Signatures asked for ahead: more would push each other out of the second-level cache.
@@ -137,19 +149,29 @@ def residents(mode: int, threads: int, blocks: int, rows: int) -> int:
 
 
 def fit(
-    mode: int, threads: int, blocks: int, rows: int, tokens: int, capacity: int, outputs: int, workspace: int = 0
+    mode: int,
+    threads: int,
+    blocks: int,
+    rows: int,
+    tokens: int,
+    capacity: int,
+    outputs: int,
+    workspace: int = 0,
+    wide: bool = False,
 ) -> Shape | None:
     """The shape for `rows` rows of `tokens` tokens of which `capacity` are taken, `outputs` numbers a row and
     `workspace` floats for the encoding; None if a block's shared memory is too small. `Shared` of common.cuh.
     """
     segment = math.ceil(tokens / (blocks * 128)) * 128
-    slots = math.ceil(capacity / blocks / 4) * 4
+    # A list of wide.cu may be filled up to a whole turn of the gather.
+    turn = threads // 2 if wide else 4
+    slots = math.ceil(math.ceil(capacity / blocks) / turn) * turn
     parts = 0 if mode == 1 else threads // 32 * (outputs + 16) * 4
     rest = max(segment, parts, workspace * 4)
     shared = blocks * (128 * 2 + 64) + 128 * 4 + 256 + outputs * 4 + slots * 4 + rest
     resident = residents(mode, threads, blocks, rows)
     fits = (shared + BLOCK_BYTES) * resident <= SHARED_BYTES and segment <= 1 << 16
-    return Shape(threads, blocks, resident, slots, shared) if fits else None
+    return Shape(threads, blocks, resident, slots, shared, wide) if fits else None
 
 
 def choose(mode: int, rows: int, tokens: int, capacity: int, outputs: int) -> Shape | None:
@@ -172,13 +194,33 @@ def starts_early(shape: Shape, rows: int, tokens: int, bits: int) -> bool:
 
 
 def choose_fused(
-    heads: int, batch: int, tokens: int, capacity: int, outputs: int, hidden: tuple[int, int], bits: int, head_dim: int
+    heads: int,
+    batch: int,
+    tokens: int,
+    capacity: int,
+    outputs: int,
+    hidden: tuple[int, int],
+    bits: int,
+    head_dim: int,
+    processors: int = PROCESSORS,
 ) -> Shape | None:
     """The shape in which the step encodes by itself, whatever the number of rows; None if they are too long."""
-    threads, blocks = 512 if max(hidden) > 256 else 256, 8
+    if tokens >= WIDE_SLOTS and batch * heads * WIDE_BLOCKS <= processors and hidden[0] <= 256 and not hidden[1]:
+        workspace = 2 * _query_workspace(hidden, bits, WIDE_BLOCKS)
+        shape = fit(3, WIDE_THREADS, WIDE_BLOCKS, 1, tokens, capacity, outputs, workspace, wide=True)
+        if shape:
+            return shape
+    few = 384 if tokens >= MORE_THREADS_SLOTS else 256
+    threads, blocks = 512 if max(hidden) > 256 else few, 8
     workspace = _workspace(hidden, bits, threads, blocks, head_dim)
     clusters = batch * (heads + math.ceil(heads / blocks))
     return fit(3, threads, blocks, clusters, tokens, capacity, outputs, workspace)
+
+
+@functools.cache
+def count_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def encode_blocks(query_in: int, key_in: int, hidden: list[int], bits: int) -> int | None:
@@ -258,8 +300,9 @@ def launch(
     hidden: tuple[int, int] = (0, 0),
     maps: tuple[Map, Map] | None = None,
 ) -> None:
-    """Launch step.cu on named tensors; mode 0: the whole step, 1: select only, 2: attend only, 3: the whole step with
-    the encoding by `maps` of these `hidden` widths, in the `shape` of `choose_fused`. `shape` forces (threads, blocks).
+    """Launch step.cu, or wide.cu if the shape is, on named tensors; mode 0: the whole step, 1: select only, 2: attend
+    only, 3: the whole step with the encoding by `maps` of these `hidden` widths, in the `shape` of `choose_fused`.
+    `shape` forces (threads, blocks).
     """
     q, k, v, signatures, table = (tensors.get(name) for name in ("q", "k", "v", "signatures", "table"))
     rows, held, taken = heads * batch, tokens if mode != 2 else 0, capacity if mode != 1 else 4
@@ -290,6 +333,9 @@ def launch(
         arguments.query, arguments.key = maps
     device = next(t for t in tensors.values() if t is not None).device
     stream = torch.cuda.current_stream(device).cuda_stream
+    if chosen.wide:
+        board, arguments.board_row = find_board(library, device, stream, rows, capacity)
+        arguments.board = board.data_ptr()
     _check(library.run(ctypes.byref(arguments), heads, batch, chosen.shared, POINTER(stream)), "step")
 
 
@@ -298,7 +344,8 @@ def load_step(
 ) -> ctypes.CDLL:
     """The step compiled for one mode and shape."""
     return load(
-        "step", HEAD_DIM=64 if q is None else q.shape[-1], ROWS=1 if q is None else q.shape[1] // heads,
+        "wide" if shape.wide else "step",
+        HEAD_DIM=64 if q is None else q.shape[-1], ROWS=1 if q is None else q.shape[1] // heads,
         WORDS=bits // 32, PLANES=planes_of(levels), LEVELS=levels, PAGED=int(paged),
         HALF=int(q is not None and q.dtype == torch.float16), HIDDEN0=hidden[0], HIDDEN1=hidden[1],
         MODE=mode, THREADS=shape.threads, BLOCKS=shape.blocks, RESIDENT=shape.resident,
@@ -307,4 +354,8 @@ def load_step(
 
 def _workspace(hidden: tuple[int, int], bits: int, threads: int, blocks: int, head_dim: int) -> int:
     """Floats of shared memory that encoding takes: a query's (`Workspace` of encode_one.cuh) or a key's."""
-    return max(4096 + 128 + hidden[1] + blocks * bits, threads * 8 + head_dim + sum(hidden) + bits)
+    return max(_query_workspace(hidden, bits, blocks), threads * 8 + head_dim + sum(hidden) + bits)
+
+
+def _query_workspace(hidden: tuple[int, int], bits: int, blocks: int) -> int:
+    return 4096 + 128 + hidden[1] + blocks * bits
