@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -143,7 +144,7 @@ def _family(name: str) -> str:
 def conditions(board: Board) -> str:
     """Where the numbers hold: what was served, and on how many samples."""
     tasks = dict.fromkeys(row.task for row in board.rows)
-    lengths = _lengths(board)
+    lengths = sorted({row.length for row in board.rows if row.length})
     samples = {row.pair for row in board.rows}
     sparse = "question and generation are sparse" if board.protocol == "question" else "generation alone is sparse"
     parts = [
@@ -170,12 +171,18 @@ def reading(board: Board, where: str = "below each") -> str:
         text += " These rows hold no dense run, so there are no differences; add dense to --methods."
     elif len(board.entries) == 1:
         text += " Only dense was run; add other methods to --methods."
-    run = {(row.method, row.density, row.task, row.length) for row in board.rows}
-    parts = {(task, length) for _, _, task, length in run}
-    lacking = [entry.name for entry in board.entries if any((*entry.place, *part) not in run for part in parts)]
+    samples: dict[tuple[str, float], set[object]] = defaultdict(set)
+    for row in board.rows:
+        samples[row.method, row.density].add(row.pair)
+    all_samples = set().union(*samples.values())
+    lacking = [_place(entry) for entry in board.entries if samples[entry.place] != all_samples]
     if lacking:
-        text += f" Not every task and length has been run yet by {', '.join(dict.fromkeys(lacking))}."
+        text += f" Not every sample has been run yet by {', '.join(lacking)}."
     return text
+
+
+def _place(entry: Entry) -> str:
+    return entry.name if entry.dense else f"{entry.name} at {density_text(entry.density)}"
 
 
 def markdown(found: Sequence[Board]) -> str:
@@ -188,18 +195,25 @@ def _markdown(board: Board, heading: bool) -> str:
     star = "A star: the 95 % interval leaves out 0."
     title = [f"### {board.title}", ""] if heading else []
     notes = [conditions(board), reading(board, "in brackets"), star, made]
-    by_length = ["", *_table(*matrix(board, "length"))] if len(_lengths(board)) > 1 else []
-    return "\n".join([*title, *_table(columns(board), rows(board)), *by_length, "", *notes]) + "\n"
+    lines = [*title, *_table(columns(board), rows(board)), ""]
+    names, cells = _by_length(board)
+    if names:
+        lines += [*_table([*FIRST, *names], cells), ""]
+    return "\n".join([*lines, *notes]) + "\n"
+
+
+def _by_length(board: Board) -> tuple[list[str], list[list[Cell]]]:
+    """The columns and rows of `matrix` for the groups that have several lengths."""
+    names, cells = matrix(board, "length")
+    several = Counter(map(_family, names))
+    kept = [place for place, name in enumerate(names) if name not in FIRST and several[_family(name)] > 1]
+    return [names[place] for place in kept], [[*row[: len(FIRST)], *(row[place] for place in kept)] for row in cells]
 
 
 def _table(names: list[str], cells: list[list[Cell]]) -> list[str]:
     lines = [names, [":--", *("--:" for _ in names[1:])]]
     lines += [[str(cell).replace("|", "\\|").replace("*", "\\*") for cell in row] for row in cells]
     return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _lengths(board: Board) -> list[int]:
-    return sorted({row.length for row in board.rows if row.length})
 
 
 def origins(board: Board) -> list[tuple[str, str]]:
@@ -214,7 +228,13 @@ def _version(origin: dict[str, Any]) -> str:
 
 
 def _commands(board: Board) -> str:
-    return "; ".join(f"`{command}`, {version}" for command, version in origins(board)) or "an unknown command"
+    """The command that made most rows; the others by their number alone, since the rows name them."""
+    found = Counter((str(row.origin.get("command", "?")), _version(row.origin)) for row in board.rows if row.origin)
+    if not found:
+        return "an unknown command"
+    ((command, version), most), *others = found.most_common()
+    rest = f"; {sum(found.values()) - most:,} of {sum(found.values()):,} rows by other commands, which they name"
+    return f"`{command}`, {version}{rest if others else ''}"
 
 
 def _listed(word: str, values: Iterable[str]) -> str:

@@ -59,7 +59,7 @@ def check(made):
         {"tokens": 5000, "bits": 128, "levels": 15},
         {"tokens": 5000, "levels": 0},
         {"tokens": 2048, "hidden": (128,)},
-        {"tokens": 2048, "dim": 256, "heads": 2, "group": 8},
+        {"tokens": 2048, "dim": 256, "heads": 2, "group": 4},
         {"tokens": 3000, "dim": 64, "heads": 2, "group": 7, "dtype": torch.float16},
         {"tokens": 2048, "batch": 4, "heads": 2},
         {"tokens": 700, "budget": (0, 0, 50)},
