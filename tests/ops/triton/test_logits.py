@@ -18,7 +18,8 @@ def test_like_the_reference(heads: int, group: int, tokens: int, dim: int, dtype
     k = k[:, :, :tokens]
     expected = reference.logits(q.double(), k.double(), 0.25)
     found, plain = triton.logits(q, k, 0.25), reference.logits(q, k, 0.25)
-    allowed = 2 * (plain - expected).abs().max() + 1e-6
+    # Sums in another order, and on tensor cores: a few units in the last place of the largest.
+    allowed = 2 * (plain - expected).abs().max() + 1e-6 * expected.abs().max()
     assert (found - expected).abs().max() <= allowed
 
 
