@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -14,10 +15,34 @@ from hashattention import artifact
 from hashattention.config import BaseModel, MapsConfig
 from hashattention.errors import ArtifactError
 from hashattention.maps import HashMaps
+from hashattention.models.describe import describe
 
 MODEL = BaseModel("LlamaForCausalLM", 4, 6, 2, 16, (1, 3), '{"rope_theta": 10000.0}', "tiny")
 CONFIG = MapsConfig(bits=64, widths=(24, 8))
 ARTIFACTS = Path(__file__).parent.parent / "artifacts"
+QWEN2 = {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+#: What the publishers' `config.json` say of the models that maps ship for.
+SHAPES = {
+    "smollm2-135m-instruct": (
+        "Llama",
+        {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
+    ),
+    "qwen2.5-coder-0.5b-instruct": (
+        "Qwen2",
+        {**QWEN2, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14},
+    ),
+    "qwen2.5-coder-1.5b-instruct": (
+        "Qwen2",
+        {**QWEN2, "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12},
+    ),
+    "gemma-3-270m": (
+        "Gemma3",
+        {"hidden_size": 640, "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1}
+        | {"head_dim": 256, "sliding_window": 512},
+    ),
+}
+SHIPPED = sorted(path.parent.name for path in ARTIFACTS.glob("*/config.json"))
 
 
 def build(config: MapsConfig = CONFIG) -> HashMaps:
@@ -177,7 +202,7 @@ def test_damaged_peaks_are_refused(small, damage, message):
         HashMaps.from_pretrained(small)
 
 
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in ARTIFACTS.glob("*/config.json")))
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_maps_load_by_name_and_say_where_they_come_from(name):
     assert artifact.locate(name) == ARTIFACTS / name
     maps = HashMaps.from_pretrained(name)
@@ -188,6 +213,24 @@ def test_shipped_maps_load_by_name_and_say_where_they_come_from(name):
     card = (ARTIFACTS / name / "README.md").read_text()
     assert card.startswith(f"---\nbase_model: {maps.model.name}\n") and "\nlicense: " in card
     assert (ARTIFACTS / name / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_maps_fit_their_model_by_its_shape_alone(name):
+    prefix, shape = SHAPES[name]
+    config = getattr(transformers, f"{prefix}{'TextConfig' if prefix == 'Gemma3' else 'Config'}")
+    with torch.device("meta"):
+        model = getattr(transformers, f"{prefix}ForCausalLM")(config(vocab_size=8, pad_token_id=0, **shape))
+    maps = HashMaps.from_pretrained(name)
+    maps.check_model(describe(model))
+    heads, width = maps.model.num_key_value_heads, maps.model.head_dim
+    signatures = maps.layer(maps.model.layers[-1]).sign_keys(torch.randn(1, heads, 5, width))
+    assert signatures.shape == (1, heads, 5, 2) and signatures.dtype == torch.int32
+
+
+def test_every_folder_of_shipped_maps_is_listed():
+    listed = (ARTIFACTS / "README.md").read_text()
+    assert SHIPPED == sorted(SHAPES) == sorted(re.findall(r"^\| \[([^]]+)\]\(\1/README\.md\)", listed, re.MULTILINE))
 
 
 def test_a_file_beside_the_shipped_maps_is_not_one_of_them():
