@@ -26,12 +26,11 @@ LINES = (
     ("exact_shared", None, "exact, shared"),
     ("exact_per_head", None, "exact, per query head"),
 )
-#: Variants that are drawn against the heavy share, and the names of their lines.
+#: Variants that are drawn against the heavy share, and their lines' names; `long-wide-64` would lie on `final-64`.
 NAMES = {
     "final-64": "64 bits",
     "final-32": "32 bits",
     "paper": "paper's recipe, 192 bits",
-    "long-wide-64": "64 bits, wider, trained longer",
 }
 #: Room for names in fonts wider than those they were measured in.
 ROOM = 40
