@@ -16,6 +16,7 @@ CONFIGS = {
     "group": MapsConfig(bits=64, widths=(24, 8)),
     "paper": MapsConfig.paper(),
     "heads": MapsConfig(bits=96, widths=(8,), query_input="head", selection_share="query_head"),
+    "mixture": MapsConfig(bits=32, widths=(8,), mixture=3),
     "linear": MapsConfig(bits=32, widths=(), score="symmetric"),
 }
 

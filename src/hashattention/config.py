@@ -197,6 +197,9 @@ class MapsConfig:
     rope : {"after", "before", "before_keys"}
         Whether the maps see queries and keys as attention does, after the rotary embedding, or rotated back by their
         own positions to what they were before it; "before_keys": phi_k sees keys before it, phi_q queries after it.
+    mixture : int
+        Query codes of a group code, 1 to 4, of ``bits`` weights each; a token's score is the largest of theirs. Several
+        codes follow a group whose heads look at different tokens, where one can only add up what they want.
     """
 
     bits: int = 64
@@ -208,6 +211,7 @@ class MapsConfig:
     levels: int = 7
     query_widths: tuple[int, ...] | None = None
     rope: Rope = "after"
+    mixture: int = 1
 
     def __post_init__(self) -> None:
         _require(
@@ -225,6 +229,14 @@ class MapsConfig:
             isinstance(self.levels, int) and 1 <= self.levels <= 127,
             f"levels must be from 1 to 127 (int8 query weights); given {self.levels!r}.",
         )
+        _require(
+            isinstance(self.mixture, int) and 1 <= self.mixture <= 4,
+            f"mixture must be from 1 to 4 query codes; given {self.mixture!r}.",
+        )
+        _require(
+            self.code_bits <= 256,
+            f"bits * mixture must be at most 256; given {self.bits} * {self.mixture}.",
+        )
         choices = {
             "score": ("asymmetric", "symmetric"),
             "query_input": ("group", "head"),
@@ -241,6 +253,12 @@ class MapsConfig:
                 "a group code (query_input='group') has one signature and one selection per KV head; "
                 f"given signature_share={self.signature_share!r}, selection_share={self.selection_share!r}.",
             )
+        if self.mixture > 1:
+            _require(
+                self.query_input == "group" and self.score == "asymmetric",
+                "a mixture is of integer group codes (query_input='group', score='asymmetric'); "
+                f"given query_input={self.query_input!r}, score={self.score!r}.",
+            )
 
     @classmethod
     def paper(cls) -> MapsConfig:
@@ -251,6 +269,11 @@ class MapsConfig:
     def hidden_of_queries(self) -> tuple[int, ...]:
         """Hidden widths of phi_q."""
         return self.widths if self.query_widths is None else self.query_widths
+
+    @property
+    def code_bits(self) -> int:
+        """Entries of a query's code: those of all its mixture."""
+        return self.bits * self.mixture
 
     @property
     def words(self) -> int:

@@ -72,7 +72,7 @@ class LayerMaps:
         return torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
 
     def code_queries(self, query: Tensor, positions: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-        """Query codes of queries ``[B, Hq, T, D]``: int8 ``[B, Hc, T, bits]`` (asymmetric) or int32
+        """Query codes of queries ``[B, Hq, T, D]``: int8 ``[B, Hc, T, code_bits]`` (asymmetric) or int32
         ``[B, Hc, T, W]``; `positions` int ``[B, T]`` are theirs, if the maps see queries before RoPE.
         """
         return self.scale_queries(query, positions, backend=backend)[0]
@@ -137,7 +137,7 @@ class HashMaps(nn.Module):
         self.shares = None if shares is None else check_shares(shares, *size)
         self.temperatures = None if temperatures is None else check_temperatures(temperatures, *size)
         group = model.group_size if config.query_input == "group" else 1
-        query = group * model.head_dim, *config.hidden_of_queries, config.bits
+        query = group * model.head_dim, *config.hidden_of_queries, config.code_bits
         self.query = Mlp(len(model.layers), config.code_heads(model), query)
         self.key = Mlp(len(model.layers), config.signature_heads(model), (model.head_dim, *config.widths, config.bits))
 
@@ -182,6 +182,8 @@ class HashMaps(nn.Module):
         model, maps = dataclasses.asdict(self.model), dataclasses.asdict(self.config)
         if self.config.rope == "after":  # so that older releases read it
             del model["frequencies"], maps["rope"]
+        if self.config.mixture == 1:
+            del maps["mixture"]
         config: dict[str, Any] = {"base_model": model, "maps": maps, "training": self.training_info}
         if self.shares is not None:
             config["shares"] = self.shares

@@ -103,6 +103,19 @@ def test_paged_equals_dense(size: int, symmetric: bool, to_pages: Callable[..., 
     assert torch.equal(paged[..., :67], score(code, signatures, 2))
 
 
+@pytest.mark.parametrize("mixture", [2, 3])
+@pytest.mark.parametrize("words", [1, 2])
+def test_of_a_mixture_the_largest_counts(mixture: int, words: int) -> None:
+    codes = [random_code(2, 4, words, False, seed) for seed in range(mixture)]
+    signatures = random_signatures(2, 2, 40, words)
+    # Each by itself and per code head; then the largest, and the heads of a selection head summed.
+    alone = torch.stack([score(code, signatures, 4) for code in codes])
+    expected = alone.amax(0).unflatten(1, (2, 2)).sum(2, dtype=torch.int32)
+    assert torch.equal(score(torch.cat(codes, -1), signatures, 2), expected)
+    same = torch.cat([codes[0]] * mixture, -1)
+    assert torch.equal(score(same, signatures, 4), alone[0])
+
+
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0)])
 def test_nothing_to_score(batch: int, tokens: int) -> None:
     out = score(random_code(batch, 4, 2, False), random_signatures(batch, 2, tokens, 2), 2)
@@ -113,7 +126,13 @@ def test_nothing_to_score(batch: int, tokens: int) -> None:
     ("code", "dtype", "signatures", "heads", "message"),
     [
         ((1, 2, 1, 64), torch.float32, (1, 2, 5, 2), 2, r"code is float32 .* expected dtype int8 or int32"),
-        ((1, 2, 1, 32), torch.int8, (1, 2, 5, 2), 2, r"code is int8 \[1, 2, 1, 32\].*size 32W must be 64"),
+        (
+            (1, 2, 1, 32),
+            torch.int8,
+            (1, 2, 5, 2),
+            2,
+            r"entries of a code over bits of a signature: 32 is not .* multiple of 64",
+        ),
         ((1, 2, 1, 64), torch.int32, (1, 2, 5, 2), 2, r"size W must be 2"),
         ((2, 2, 1, 2), torch.int32, (1, 2, 5, 2), 2, r"size B must be 1"),
         ((1, 2, 3, 2), torch.int32, (1, 2, 5, 2), 2, r"size 1 must be 1"),

@@ -70,6 +70,7 @@ def test_auxiliary_bits_are_those_kept():
 
 CONFIGS = {
     "group code": MapsConfig(64, (8,)),
+    "mixture": MapsConfig(32, (8,), mixture=2),
     "symmetric": MapsConfig(32, (8,), score="symmetric"),
     "per head": MapsConfig(32, (8,), query_input="head", selection_share="query_head"),
     "paper": MapsConfig.paper(),

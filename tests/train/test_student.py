@@ -26,6 +26,7 @@ CONFIGS = [
     MapsConfig(32, (8,), query_input="head", selection_share="query_head"),
     MapsConfig(32, (8, 8), "symmetric", "head", "query_head", "query_head"),
     MapsConfig(32, (8,), "symmetric", "head", "query_head", "group"),
+    MapsConfig(32, (8,), mixture=2),
     MapsConfig(32, (8,), rope="before"),
     MapsConfig(32, (8,), rope="before_keys"),
 ]

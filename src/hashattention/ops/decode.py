@@ -14,6 +14,7 @@ from hashattention.errors import BackendError, InputError
 from hashattention.ops import dispatch, shapes
 from hashattention.ops.attend import attend, check_scales
 from hashattention.ops.encode import check_map, encode_query, encode_signature, write_signature
+from hashattention.ops.score import mixture_of
 from hashattention.ops.select import check_rows, score_select
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ def decode(
     k, v, signatures : Tensor
         Caches, as in `attend` and `score`.
     weights, biases : sequences of Tensor
-        phi_q: ``[Hc, in, out]`` and ``[Hc, out]`` a stage; ``in`` is D, or D * Hq / Hc for a group code.
+        phi_q: ``[Hc, in, out]`` and ``[Hc, out]`` a stage; ``in`` is D, or D * Hq / Hc for a group code; the last
+        ``out`` is the bits of a signature, or M times as many for a mixture of M integer codes.
     start, end, budgets, capacity, mask : Tensor, int
         As in `select`; the heads of `budgets` are Hsel.
     levels : int
@@ -127,6 +129,8 @@ def decode(
     if not weights:
         raise InputError("weights is empty; a map needs at least one stage.")
     _check(q, k, v, signatures, weights, biases, start, end, budgets, capacity, mask, block_table)
+    if not levels and mixture_of(weights[-1].shape[-1], signatures.shape[-1]) > 1:
+        raise InputError("a mixture is of integer codes; a bit code (levels=0) has as many bits as a signature.")
     caches, bounds, maps = (k, v, signatures), (start, end, budgets), (list(weights), list(biases))
     check_scales(k, k_scale, v_scale)
     call = (q, *caches, *maps, *bounds, capacity, levels, scale * k_scale, softcap, mask, block_table, v_scale, backend)
@@ -174,11 +178,12 @@ def _check(
     """What encode, select and attend would check: a fused kernel reads memory without asking again."""
     check_map(group_queries(q, weights[0].shape[0]), weights, biases)
     cache = "P {} N {}" if block_table is not None else "B {} T {}"
-    sizes = {"W": weights[-1].shape[-1] // 32}
+    sizes: dict[str, int] = {}
     shapes.expect(sizes, "q", q, "B Hq 1 D", torch.float32, torch.bfloat16, torch.float16)
     shapes.expect(sizes, "k", k, cache.format("Hkv", "D"))
     shapes.expect(sizes, "v", v, cache.format("Hkv", "Dv"), k.dtype)
     shapes.expect(sizes, "signatures", signatures, cache.format("Hs", "W"), torch.int32)
+    shapes.expect_multiple(weights[-1].shape[-1], 32 * sizes["W"], "entries of a code over bits of a signature")
     if block_table is not None:
         shapes.expect(sizes, "block_table", block_table, "B M", torch.int32)
         sizes["T"] = sizes["M"] * sizes["N"]

@@ -93,18 +93,21 @@ def score(code: Tensor, signatures: Tensor, selection_heads: int, block_table: T
     """int32 scores ``[B, Hsel, T]``: code . (+-1 key bits), summed over the code heads of one selection head.
 
     An int32 code is a packed bit code (symmetric: the same dot product equals bits - 2 popcount(xor)); an int8 code
-    holds the integer weights themselves (asymmetric).
+    holds the integer weights themselves (asymmetric), those of several codes one after the other where the largest
+    of their scores counts.
     """
     if block_table is not None:
         signatures = signatures[block_table.long()].transpose(1, 2).flatten(2, 3)
     weights = unpack_bits(code).float() * 2 - 1 if code.dtype == torch.int32 else code.float()
     signature_heads = signatures.shape[1]
-    weights = weights.squeeze(2).unflatten(1, (signature_heads, -1))
+    weights = weights.squeeze(2).unflatten(-1, (-1, signatures.shape[-1] * 32))
+    mixture = weights.shape[2]
+    weights = weights.flatten(1, 2).unflatten(1, (signature_heads, -1))
     chunks = [
         weights @ (unpack_bits(chunk).float() * 2 - 1).transpose(-1, -2)
         for chunk in signatures.split(SCORE_CHUNK, dim=2)
     ]
-    scores = torch.cat(chunks, -1).flatten(1, 2)
+    scores = torch.cat(chunks, -1).flatten(1, 2).unflatten(1, (-1, mixture)).amax(2)
     return scores.unflatten(1, (selection_heads, -1)).sum(2).to(torch.int32)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,12 +24,13 @@ def score(
 
     A packed bit code gives ``bits - 2 * popcount(code xor signature)`` (HashAttention, arXiv 2412.14468); an integer
     code gives
-    ``sum_j code_j * (+1 or -1)``, the sign being bit j of the signature. Scores of the code heads that share a
-    selection head are summed.
+    ``sum_j code_j * (+1 or -1)``, the sign being bit j of the signature. An integer code of
+    M times as many entries is a mixture of M codes: the largest of their sums counts. Scores of the code heads that
+    share a selection head are summed.
 
     Parameters
     ----------
-    code : Tensor, int32 ``[B, Hc, 1, W]`` (symmetric) or int8 ``[B, Hc, 1, 32 W]`` (asymmetric)
+    code : Tensor, int32 ``[B, Hc, 1, W]`` (symmetric) or int8 ``[B, Hc, 1, 32 W M]`` (asymmetric)
     signatures : Tensor, int32 ``[B, Hs, T, W]``, or pages ``[P, Hs, N, W]`` with a block table
     selection_heads : int
         Hsel: Hc must be a multiple of it. Code head c reads signature head ``c * Hs // Hc`` and adds to selection head
@@ -60,10 +64,10 @@ def check_codes(code: Tensor, signatures: Tensor, selection_heads: int, block_ta
     sizes: dict[str, int] = {}
     paged = block_table is not None
     shapes.expect(sizes, "signatures", signatures, "P Hs N W" if paged else "B Hs T W", torch.int32)
-    sizes["32W"] = 32 * sizes["W"]
-    shapes.expect(
-        sizes, "code", code, "B Hc 1 32W" if code.dtype == torch.int8 else "B Hc 1 W", torch.int8, torch.int32
-    )
+    integer = code.dtype == torch.int8
+    shapes.expect(sizes, "code", code, "B Hc 1 32WM" if integer else "B Hc 1 W", torch.int8, torch.int32)
+    if integer:
+        shapes.expect_multiple(code.shape[3], 32 * sizes["W"], "entries of a code over bits of a signature")
     if block_table is not None:
         shapes.expect(sizes, "block_table", block_table, "B M", torch.int32)
     if not 1 <= sizes["W"] <= 8:
@@ -71,6 +75,19 @@ def check_codes(code: Tensor, signatures: Tensor, selection_heads: int, block_ta
     shapes.expect_multiple(sizes["Hc"], sizes["Hs"], "code heads over signature heads")
     shapes.expect_multiple(sizes["Hc"], selection_heads, "code heads over selection heads")
     shapes.expect_same_device(code=code, signatures=signatures, block_table=block_table)
+
+
+def mixture_of(entries: int, words: int) -> int:
+    """How many codes are mixed in one of `entries` entries (bits or integers), for signatures of `words` words."""
+    return max(1, entries // (32 * words))
+
+
+def mixture_in(tensor: Tensor, arguments: Mapping[str, Any]) -> int:
+    """`mixture_of` the call that `dispatch.find` was asked about: of its code, or of what its map would make."""
+    signatures, code, weights = arguments.get("signatures", tensor), arguments.get("code"), arguments.get("weights")
+    if code is not None:
+        return mixture_of(code.shape[-1], signatures.shape[-1]) if code.dtype == torch.int8 else 1
+    return mixture_of(weights[-1].shape[-1], signatures.shape[-1]) if weights and "signatures" in arguments else 1
 
 
 def tokens_of(cache: Tensor, block_table: Tensor | None) -> int:

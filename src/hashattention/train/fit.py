@@ -134,7 +134,8 @@ def layer_bytes(recipe: Recipe, base: BaseModel, *, live: bool = True) -> int:
     seen = min(recipe.context, recipe.step_tokens or recipe.context)
     activations = 4 * seen * (sum(recipe.maps.widths) + recipe.maps.bits + 2 * base.head_dim)
     teacher = 3 * base.num_attention_heads * recipe.context if live else 0
-    student = (6 * recipe.maps.selection_heads(base) + recipe.maps.code_heads(base)) * seen
+    codes = recipe.maps.code_heads(base) * recipe.maps.mixture
+    student = (6 * recipe.maps.selection_heads(base) + codes) * seen
     return 4 * recipe.step_queries * (teacher + student) + 3 * recipe.maps.signature_heads(base) * activations
 
 

@@ -82,10 +82,12 @@ def hash_scores(layer: LayerMaps, sample: Sample, selection_heads: int) -> Tenso
     signatures = layer.sign_keys(sample.key, sample.key_positions()[None], backend="reference")[0]
     weights = unpack_bits(code).float() * 2 - 1 if code.dtype == torch.int32 else code.float()
     heads, count = signatures.shape[0], code.shape[1]
+    weights = weights.unflatten(-1, (-1, signatures.shape[-1] * 32)).transpose(1, 2)
+    mixture = weights.shape[1]
     with tensor_float32(weights.device):
         bits = (unpack_bits(signatures).float() * 2 - 1).transpose(-1, -2)
-        scores = weights.unflatten(0, (heads, -1)).flatten(1, 2) @ bits
-    scores = scores.unflatten(1, (-1, count)).flatten(0, 1)
+        scores = weights.flatten(0, 1).unflatten(0, (heads, -1)).flatten(1, 2) @ bits
+    scores = scores.unflatten(1, (-1, count)).flatten(0, 1).unflatten(0, (-1, mixture)).amax(1)
     return scores.unflatten(0, (selection_heads, -1)).sum(1)
 
 

@@ -99,14 +99,14 @@ class Student:
         self.frequencies = torch.tensor(base.frequencies, device=moments[0].mean.device)
         self.selection_heads = self.config.selection_heads(base)
         group = base.group_size if self.config.query_input == "group" else 1
+        config = self.config
         shapes = {
-            "query": (self.config.code_heads(base), group * base.head_dim, self.config.hidden_of_queries),
-            "key": (self.config.signature_heads(base), base.head_dim, self.config.widths),
+            "query": (config.code_heads(base), (group * base.head_dim, *config.hidden_of_queries, config.code_bits)),
+            "key": (config.signature_heads(base), (base.head_dim, *config.widths, config.bits)),
         }
-        self.stage_counts = {name: len(hidden) + 1 for name, (_, _, hidden) in shapes.items()}
+        self.stage_counts = {name: len(sizes) - 1 for name, (_, sizes) in shapes.items()}
         self.tensors: dict[str, Tensor] = {}
-        for name, (heads, width, hidden) in shapes.items():
-            sizes = (width, *hidden, self.config.bits)
+        for name, (heads, sizes) in shapes.items():
             for stage, (inside, outside) in enumerate(itertools.pairwise(sizes)):
                 self._draw(f"{name}.weights.{stage}", (heads, inside, outside), inside**-0.5 * (1.6 if stage else 1.0))
                 self._draw(f"{name}.biases.{stage}", (heads, outside), 0.0)
@@ -136,25 +136,35 @@ class Student:
 
     def scores(self, sample: Sample, hard: bool, slope: float = 1.0) -> Tensor:
         """Scores float32 ``[L, Hsel, n, T]`` of a sample's queries against its keys; `hard` ones are as served."""
-        return self.compare(*self.codes(sample, hard, slope))
+        return self.compare(*self.codes(sample, hard, slope), served=hard)
 
-    def compare(self, query: Tensor, key: Tensor) -> Tensor:
-        """Scores of query codes ``[L, Hc, n, bits]`` against key codes ``[L, Hs, T, bits]``, times the sharpness."""
+    def compare(self, query: Tensor, key: Tensor, served: bool = False) -> Tensor:
+        """Scores of query codes ``[L, Hc, n, code_bits]`` against key codes ``[L, Hs, T, bits]``, times the sharpness.
+
+        Of a mixture the largest counts where it is `served`. While it is taught, the logarithm of the sum of the codes'
+        weights does: it ranks all but alike, and its gradient reaches every code.
+        """
         layers, signature_heads, tokens, _ = key.shape
         if self.recipe.loss != "bce":
             # On the query, which is small, rather than on the scores; one factor for all codes that are summed.
             factor = self.tensors["sharpness"].exp()
             query = query * factor.repeat_interleave(query.shape[1] // factor.shape[1], dim=1)[:, :, None, None]
+        mixture = self.config.mixture
+        if mixture > 1:
+            query = query.unflatten(-1, (mixture, -1)).transpose(2, 3).flatten(1, 2)
         weights = query.unflatten(1, (signature_heads, -1))
         size, count = weights.shape[2:4]
         scores = weights.flatten(2, 3) @ key.transpose(-1, -2)
         scores = scores.view(layers, signature_heads * size, count, tokens)
+        if mixture > 1:
+            scores = scores.unflatten(1, (-1, mixture))
+            scores = scores.amax(2) if served else scores.logsumexp(2)
         if scores.shape[1] != self.selection_heads:
             scores = scores.unflatten(1, (self.selection_heads, -1)).sum(2)
         return scores
 
     def codes(self, sample: Sample, hard: bool, slope: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Query codes ``[L, Hc, n, bits]``, key codes ``[L, Hs, T, bits]``; hard ones are what the kernels compute.
+        """Query codes ``[L, Hc, n, code_bits]``, key codes ``[L, Hs, T, bits]``; hard: what the kernels compute.
 
         `slope` multiplies the logits of bits before their tanh.
         """

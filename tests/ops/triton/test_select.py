@@ -67,6 +67,15 @@ def test_group_code_selects_the_reference_rows(bounds: list, budget: list, capac
     compare(code, draw(2, 2, 2, 2101), bounds, budget, 2, capacity, 7, 0, device)
 
 
+@pytest.mark.parametrize(("words", "mixture", "levels"), [(2, 2, 7), (1, 3, 7), (4, 2, 7), (2, 2, 3), (3, 2, 5)])
+@pytest.mark.parametrize("page", [0, 16])
+def test_a_mixture_selects_the_reference_rows(words: int, mixture: int, levels: int, page: int, device: str) -> None:
+    code = torch.randint(-levels, levels + 1, (2, 2, 1, 32 * words * mixture)).to(torch.int8)
+    bounds = [[0, 701], [7, 500]] if page else [[0, 2101], [7, 1500]]
+    signatures = draw(words, 2, 2, bounds[0][1])
+    compare(code, signatures, bounds, [4, 16, 90], 2, 128, levels, page, device)
+
+
 @pytest.mark.parametrize("mask", [0, 1, -(2**31)])
 def test_ties_go_to_the_recent_token(mask: int, device: str) -> None:
     code = torch.randint(-7, 8, (1, 1, 1, 64)).to(torch.int8)

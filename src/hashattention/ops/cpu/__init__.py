@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hashattention.ops.score import mixture_in
+
 logger = logging.getLogger(__name__)
 
 MISSING: str | None = None
@@ -51,6 +53,8 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
     """Why these kernels cannot run `op` on tensors like `tensor`, or None."""
     if tensor.device.type != "cpu":
         return f"needs a CPU tensor, given one on {tensor.device.type}"
+    if mixture_in(tensor, arguments) > 1:
+        return "a mixture of codes is left to torch"
     if MISSING is not None:
         _say_once()
         return _refuse_fallback(tensor)

@@ -28,6 +28,7 @@ from hashattention.ops.cuda.step import (
     planes_of,
     starts_early,
 )
+from hashattention.ops.score import mixture_in
 
 __all__ = ["attend", "decode", "decode_step", "refuse", "score_select"]
 
@@ -47,6 +48,8 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
         return "needs nvcc (CUDA_HOME or PATH)"
     if arguments.get("mask") is not None:
         return "a mask with holes is not supported"
+    if mixture_in(tensor, arguments) > 1:
+        return "a mixture of codes is left to the portable kernels"
     if tensor.numel() == 0:
         return "empty tensors are left to the reference"
     if op in ("score_select", "attend") and not arguments.get("named"):

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hashattention.ops.score import mixture_in
 from hashattention.ops.triton.attend import attend
 from hashattention.ops.triton.decode import decode, decode_step
 from hashattention.ops.triton.encode import LAST_STAGE_BYTES, encode_query, encode_signature, write_signature
@@ -48,13 +49,8 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
     for name in ("weights", "key_weights"):
         if reason is None and arguments.get(name):
             reason = _refuse_map(arguments[name])
-    code, heads = arguments.get("code"), arguments.get("selection_heads")
-    if reason is None and op == "score_select" and code is not None and heads:
-        reason = _refuse_levels(levels_of(code, heads, arguments.get("levels", 127)))
-    if reason is None and op in ("decode", "decode_step"):
-        weights, levels = arguments["weights"], arguments["levels"]
-        heads, bits = weights[0].shape[0] // arguments["selection_heads"], weights[-1].shape[-1]
-        reason = _refuse_levels(heads * bits * max(levels, 1) + 1)
+    if reason is None and op in ("score_select", "decode", "decode_step") and "selection_heads" in arguments:
+        reason = _refuse_levels(tensor, arguments)
     return reason
 
 
@@ -86,5 +82,13 @@ def _refuse_map(weights: list[Tensor]) -> str | None:
     return None
 
 
-def _refuse_levels(count: int) -> str | None:
+def _refuse_levels(tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    """As many score levels as the call's codes can make must be countable."""
+    code, levels = arguments.get("code"), arguments.get("levels", 127)
+    bits = 32 * arguments.get("signatures", tensor).shape[-1]
+    if code is not None:
+        heads, levels = code.shape[1], levels if code.dtype == torch.int8 else 0
+    else:
+        heads = arguments["weights"][0].shape[0]
+    count = levels_of(heads // arguments["selection_heads"], bits, levels, mixture_in(tensor, arguments))
     return None if count <= MOST_LEVELS else f"{count} score levels a row, at most {MOST_LEVELS} are counted"

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hashattention.ops.triton.score import count_matches, planes_of, tokens_of
+from hashattention.ops.triton.score import count_matches, mixed_in, planes_of, tokens_of
 
 #: More score levels than this are refused: two digits of 6 bits.
 MOST_LEVELS = 4096
@@ -60,8 +60,8 @@ def _border(total, wanted, BINS: tl.constexpr):
 def _window(
     code, signatures, table, request, head, sink_stop, local_begin, heavy,
     code_heads, signature_heads, s0, s1, s2, table_width, page,
-    W: tl.constexpr, WP: tl.constexpr, CODES: tl.constexpr, PLANES: tl.constexpr, PAGED: tl.constexpr,
-    BINS: tl.constexpr, LEVELS: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, CODES: tl.constexpr, PLANES: tl.constexpr, MIXED: tl.constexpr,
+    PAGED: tl.constexpr, BINS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """The window's first level, which counts all that lie below it too: beneath the border of a sample of the
     candidates, taken three deviations of its count lower.
@@ -73,7 +73,7 @@ def _window(
     matches = count_matches(
         code, signatures, table, request, head, token, inside, code_heads, signature_heads, s0, s1, s2, table_width,
         page,
-        W, WP, CODES, PLANES, PAGED, True,
+        W, WP, CODES, PLANES, MIXED, PAGED, True,
     )  # fmt: skip
     width: tl.constexpr = LEVELS // BINS
     wanted = (heavy + step - 1) // step
@@ -86,8 +86,8 @@ def _window(
 def _score_count(
     code, signatures, table, start, end, budgets, scores, windows, counted, tails,
     tokens, capacity, chunk_tokens, code_heads, signature_heads, s0, s1, s2, table_width, page,
-    W: tl.constexpr, WP: tl.constexpr, CODES: tl.constexpr, PLANES: tl.constexpr, PAGED: tl.constexpr,
-    TILE: tl.constexpr, BINS: tl.constexpr, LEVELS: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, CODES: tl.constexpr, PLANES: tl.constexpr, MIXED: tl.constexpr,
+    PAGED: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Scores (halved and raised to 0) of a chunk's candidates, and how many have each level of the row's window and of
     what lies above.
@@ -107,7 +107,7 @@ def _score_count(
             window = _window(
                 code, signatures, table, request, head, sink_stop, local_begin, heavy,
                 code_heads, signature_heads, s0, s1, s2, table_width, page,
-                W, WP, CODES, PLANES, PAGED, BINS, LEVELS,
+                W, WP, CODES, PLANES, MIXED, PAGED, BINS, LEVELS,
             )  # fmt: skip
             if low == sink_stop:
                 tl.store(windows + row, window)
@@ -122,7 +122,7 @@ def _score_count(
             matches = count_matches(
                 code, signatures, table, request, head, token, inside, code_heads, signature_heads, s0, s1, s2,
                 table_width, page,
-                W, WP, CODES, PLANES, PAGED, True,
+                W, WP, CODES, PLANES, MIXED, PAGED, True,
             )  # fmt: skip
             tl.store(scores + row * tokens + token, matches.to(tl.int16), mask=inside)
             if BINS < LEVELS:
@@ -247,10 +247,13 @@ def _write_indices(
         tl.store(indices + empty, tl.full((TILE,), -1, tl.int32), mask=(empty < last) & (empty >= count))
 
 
-def levels_of(code: Tensor, selection_heads: int, levels: int) -> int:
-    """Score levels a row can have."""
-    heads = code.shape[1] // selection_heads
-    return heads * (code.shape[-1] * 32 if code.dtype == torch.int32 else code.shape[-1] * levels) + 1
+def levels_of(heads: int, bits: int, levels: int, mixture: int = 1) -> int:
+    """Score levels of a row with so many codes of so many bits, the largest weight of `levels` (0: bit codes): those of
+    a mixture are not halved, and lie within what their bit planes can hold.
+    """
+    if mixture == 1:
+        return heads * bits * max(levels, 1) + 1
+    return heads * 2 * bits * ((1 << levels.bit_length()) - 1) + 1
 
 
 def bins_of(levels: int) -> tuple[int, int]:
@@ -286,7 +289,8 @@ def score_select(
     rows = batch * heads
     signatures = signatures if signatures.stride(-1) == 1 else signatures.contiguous()
     tokens, words = tokens_of(signatures, block_table), signatures.shape[-1]
-    bins, padded = bins_of(levels_of(code, heads, levels))
+    largest = levels if code.dtype == torch.int8 else 0
+    bins, padded = bins_of(levels_of(code_heads // heads, words * 32, largest, mixed_in(code, words)))
     chunk_tokens = chunk_of(tokens, rows)
     chunks = triton.cdiv(tokens, chunk_tokens)
     scores = torch.empty(rows * tokens, dtype=torch.int16, device=device)
@@ -300,7 +304,8 @@ def score_select(
         tokens, capacity, chunk_tokens, code_heads, signatures.shape[1], *signatures.stride()[:3],
         0 if block_table is None else block_table.stride(0), signatures.shape[2],
         W=words, WP=triton.next_power_of_2(words), CODES=code_heads // heads, PLANES=planes_of(code, levels),
-        PAGED=block_table is not None, TILE=1024 if words <= 2 else 512, BINS=bins, LEVELS=padded, num_warps=4,
+        MIXED=mixed_in(code, words), PAGED=block_table is not None, TILE=1024 if words <= 2 else 512, BINS=bins,
+        LEVELS=padded, num_warps=4,
     )  # fmt: skip
     _write_indices[(chunks, rows)](
         scores, windows, counted, tails, counts, start, end, budgets, indices, tokens, capacity, chunk_tokens, heads,
