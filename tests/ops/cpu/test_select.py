@@ -64,6 +64,19 @@ class Case:
         return start, end, budgets, capacity, mask
 
 
+@needs_native
+@pytest.mark.parametrize(("mixture", "words", "masked"), [(2, 2, False), (2, 2, True), (3, 1, False), (4, 2, True)])
+@pytest.mark.parametrize("heads", [(2, 2, 2), (6, 2, 2)])
+def test_a_mixture(heads: tuple[int, int, int], mixture: int, words: int, masked: bool) -> None:
+    case = Case(2, heads, words, 300, 7, 40, masked, mixture)
+    signatures = case.codes()[1]
+    code = torch.cat([dataclasses.replace(case, seed=seed).codes()[0] for seed in range(mixture)], -1)
+    assert torch.equal(native().score(code, signatures, heads[2]), reference.score(code, signatures, heads[2]))
+    got, expected = (each.score_select(code, signatures, *case.rows()) for each in (native(), reference))
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
 #: (Hc, Hs, Hsel): a group code, one head each, codes that share a signature, that share a selection, and both.
 HEADS = [(2, 2, 2), (6, 6, 6), (6, 2, 2), (6, 2, 6), (6, 6, 2), (12, 6, 3)]
 cases = st.builds(

@@ -53,11 +53,9 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
     """Why these kernels cannot run `op` on tensors like `tensor`, or None."""
     if tensor.device.type != "cpu":
         return f"needs a CPU tensor, given one on {tensor.device.type}"
-    if mixture_in(tensor, arguments) > 1:
-        return "a mixture of codes is left to torch"
     if MISSING is not None:
         _say_once()
-        return _refuse_fallback(tensor)
+        return _refuse_fallback(tensor, arguments)
     if op == "decode_step" and arguments.get("mask") is not None:
         return "a mask with holes is left to decode"
     caches = [arguments[name] for name in ("k", "v") if arguments.get(name) is not None]
@@ -74,7 +72,9 @@ def describe() -> str:
     return "numpy" if MISSING is not None else native.instruction_set()
 
 
-def _refuse_fallback(tensor: Tensor) -> str | None:
+def _refuse_fallback(tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    if mixture_in(tensor, arguments) > 1:
+        return "without native kernels a mixture of codes is left to torch"
     # Only integers have room for a position beside the score.
     return (
         None if tensor.dtype in (torch.int32, torch.int8) else f"without native kernels {tensor.dtype} is left to torch"
