@@ -20,7 +20,7 @@ from hashattention.maps import HashMaps
 from hashattention.models.packaged import Progress
 from hashattention.selectors.lsh import draw_hyperplanes, linear_maps
 from hashattention.train import budgets, metrics, run, shards
-from hashattention.train.fit import fit
+from hashattention.train.fit import CPU_BYTES, fit
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards
 from hashattention.train.sweep import BEST, Sweep, Variant
@@ -234,7 +234,7 @@ class Lab:
 
     def _targets(self, samples: MemoryShards, recipe: Recipe, layers: tuple[int, ...]) -> StoredTargets | None:
         """Stored once for all variants that share them; None where the device has no room, or the loss wants labels."""
-        if self.device.type != "cuda" or recipe.loss == "bce":
+        if recipe.loss == "bce":
             return None
         selection_heads = recipe.maps.selection_heads(self.base)
         key = (
@@ -246,8 +246,8 @@ class Lab:
         if self._stored is None or self._stored[0] != key:
             self._stored = None
             base = dataclasses.replace(self.base, layers=layers)
-            needed = stored_bytes(recipe, base, len(samples), len(layers))
-            if needed > 0.8 * free_bytes(self.device):
+            room = 0.8 * free_bytes(self.device) if self.device.type == "cuda" else CPU_BYTES
+            if stored_bytes(recipe, base, len(samples), len(layers)) > room:
                 return None
             self._stored = key, StoredTargets(samples, recipe, base, 0, len(layers), self.device)
         return self._stored[1]
