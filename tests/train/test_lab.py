@@ -89,6 +89,23 @@ def test_what_is_done_stays_when_a_study_ends_early(tmp_path, monkeypatch):
     assert [row["variant"] for row in rows] == [REFERENCES, "a", "b"] and begun == [2, 3]
 
 
+def test_variants_share_targets_where_they_fit(tmp_path, monkeypatch):
+    made, stored = [], module.StoredTargets
+    monkeypatch.setattr(module, "StoredTargets", lambda *given: made.append(given[1].pool) or stored(*given))
+    plan = sweep(
+        Variant("one", {"steps": 2}),
+        Variant("two codes", {"steps": 2, "maps": {"mixture": 2}}),
+        Variant("other targets", {"steps": 2, "pool": "peak_max"}),
+    )
+    _, rows = study(tmp_path, plan)
+    assert made == [rows[1]["recipe"]["pool"], "peak_max"]
+    assert rows[1]["budgets"] != rows[2]["budgets"]
+    monkeypatch.setattr(module, "CPU_BYTES", 0)
+    made.clear()
+    study(tmp_path / "none", plan)
+    assert not made
+
+
 def test_a_seed_of_its_own_draws_other_weights_for_the_same_text(tmp_path):
     plan = sweep(
         Variant("first", {"steps": 2}), Variant("again", {"steps": 2}), Variant("other", {"steps": 2, "seed": 1})
