@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,3 +50,16 @@ def expect_same_device(**tensors: Tensor | None) -> None:
     if len(set(devices.values())) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise InputError(f"all tensors must be on one device; given {places}.")
+
+
+def mixture_of(entries: int, words: int) -> int:
+    """How many codes are mixed in one of `entries` entries (bits or integers), for signatures of `words` words."""
+    return max(1, entries // (32 * words))
+
+
+def mixture_in(tensor: Tensor, arguments: Mapping[str, Any]) -> int:
+    """`mixture_of` the call that `dispatch.find` was asked about: of its code, or of what its map would make."""
+    signatures, code, weights = arguments.get("signatures", tensor), arguments.get("code"), arguments.get("weights")
+    if code is not None:
+        return mixture_of(code.shape[-1], signatures.shape[-1]) if code.dtype == torch.int8 else 1
+    return mixture_of(weights[-1].shape[-1], signatures.shape[-1]) if weights and "signatures" in arguments else 1

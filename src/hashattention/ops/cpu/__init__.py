@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashattention.ops.score import mixture_in
+from hashattention.ops.shapes import mixture_in
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from hashattention.ops.cuda.step import (
     planes_of,
     starts_early,
 )
-from hashattention.ops.score import mixture_in
+from hashattention.ops.shapes import mixture_in
 
 __all__ = ["attend", "decode", "decode_step", "refuse", "score_select"]
 

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hashattention.ops.score import mixture_in
+from hashattention.ops.shapes import mixture_in
 from hashattention.ops.triton.attend import attend
 from hashattention.ops.triton.decode import decode, decode_step
 from hashattention.ops.triton.encode import LAST_STAGE_BYTES, encode_query, encode_signature, write_signature

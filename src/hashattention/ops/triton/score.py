@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hashattention.ops.score import mixture_of
+from hashattention.ops.shapes import mixture_of
 
 
 @triton.jit
