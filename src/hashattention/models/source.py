@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from hashattention.errors import MissingDependencyError, ModelNotFoundError, UnsupportedModelError
 from hashattention.models.packaged import Progress, cache_folder, fetch
 from hashattention.models.recipes import ALIASES, RECIPES, Recipe
+from hashattention.models.words import keeps_words
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["LoadedModel", "ModelSource", "load_model", "resolve"]
 
@@ -168,7 +172,8 @@ def load_model(
     ModelNotFoundError
         If the model is not there or lacks a file.
     UnsupportedModelError
-        If it is not a decoder: selected tokens need causal self-attention.
+        If it is not a decoder: selected tokens need causal self-attention; or if this release of transformers misreads
+        the tokenizer of a packaged model (of another GGUF file: a warning).
     MissingDependencyError
         If transformers (or gguf, for a GGUF file) is not installed.
 
@@ -202,7 +207,18 @@ def load_model(
             **options,
         )
     _clear_quantisation(model, source)
+    if source.gguf_file is not None and not keeps_words(tokenizer):
+        logger.warning("%s Give the model's own tokenizer where you can.", _misread(source.gguf_file))
     return LoadedModel(model.eval(), tokenizer, source)
+
+
+def _misread(name: str) -> str:
+    import transformers
+
+    return (
+        f"transformers {transformers.__version__} misreads the tokenizer of {name}: whole words of its vocabulary fall "
+        "into pieces, so a text has far more tokens than the model expects. Install transformers 5.23 or newer."
+    )
 
 
 def _choices() -> str:
@@ -268,6 +284,8 @@ def _unpacked(recipe: Recipe, cache: Path, offline: bool, progress: Progress | N
     if progress is not None:
         progress(f"unpacking {recipe.name} (once)", 0, 1)
     loaded = load_model(gguf)
+    if not keeps_words(loaded.tokenizer):
+        raise UnsupportedModelError(_misread(recipe.name))
     scratch = folder.with_name(f".{recipe.name}.{os.getpid()}")
     loaded.model.save_pretrained(scratch)
     loaded.tokenizer.save_pretrained(scratch)
