@@ -42,18 +42,10 @@ def test_without_words_nothing_is_said() -> None:
     assert keeps_words(Tokenizer([], set()))
 
 
-def misread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A GGUF file and a packaged model whose tokenizers fall apart; no weights are read."""
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF")
-    broken = source.LoadedModel(None, Tokenizer(WORDS, set()), source.ModelSource("gguf", str(file), tmp_path))
-    monkeypatch.setattr(source, "fetch", lambda *_, **__: file)
-    monkeypatch.setattr(source, "load_model", lambda *_: broken)
-    return file
-
-
 def test_a_packaged_model_that_is_misread_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    misread(monkeypatch, tmp_path)
+    broken = source.LoadedModel(None, Tokenizer(WORDS, set()), source.ModelSource("gguf", "model.gguf", tmp_path))
+    monkeypatch.setattr(source, "fetch", lambda *_, **__: tmp_path / "model.gguf")
+    monkeypatch.setattr(source, "load_model", lambda _: broken)
     with pytest.raises(UnsupportedModelError, match=r"misreads the tokenizer of gemma-3-270m.*5\.23 or newer"):
         source._unpacked(RECIPES["gemma-3-270m"], tmp_path, True, None)
     assert not (tmp_path / "models").exists()

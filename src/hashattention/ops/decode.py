@@ -15,7 +15,6 @@ from hashattention.ops import dispatch, shapes
 from hashattention.ops.attend import attend, check_scales
 from hashattention.ops.encode import check_map, encode_query, encode_signature, write_signature
 from hashattention.ops.select import check_rows, score_select
-from hashattention.ops.shapes import mixture_of
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +128,7 @@ def decode(
     if not weights:
         raise InputError("weights is empty; a map needs at least one stage.")
     _check(q, k, v, signatures, weights, biases, start, end, budgets, capacity, mask, block_table)
-    if not levels and mixture_of(weights[-1].shape[-1], signatures.shape[-1]) > 1:
+    if not levels and weights[-1].shape[-1] != 32 * signatures.shape[-1]:
         raise InputError("a mixture is of integer codes; a bit code (levels=0) has as many bits as a signature.")
     caches, bounds, maps = (k, v, signatures), (start, end, budgets), (list(weights), list(biases))
     check_scales(k, k_scale, v_scale)

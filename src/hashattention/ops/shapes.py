@@ -52,14 +52,16 @@ def expect_same_device(**tensors: Tensor | None) -> None:
         raise InputError(f"all tensors must be on one device; given {places}.")
 
 
-def mixture_of(entries: int, words: int) -> int:
-    """How many codes are mixed in one of `entries` entries (bits or integers), for signatures of `words` words."""
-    return max(1, entries // (32 * words))
+def mixture_of(code: Tensor, words: int) -> int:
+    """How many codes are mixed in one, for signatures of so many words; a bit code is one."""
+    return max(1, code.shape[-1] // (32 * words)) if code.dtype == torch.int8 else 1
 
 
 def mixture_in(tensor: Tensor, arguments: Mapping[str, Any]) -> int:
-    """`mixture_of` the call that `dispatch.find` was asked about: of its code, or of what its map would make."""
-    signatures, code, weights = arguments.get("signatures", tensor), arguments.get("code"), arguments.get("weights")
-    if code is not None:
-        return mixture_of(code.shape[-1], signatures.shape[-1]) if code.dtype == torch.int8 else 1
-    return mixture_of(weights[-1].shape[-1], signatures.shape[-1]) if weights and "signatures" in arguments else 1
+    """Codes that are mixed in one, in the call that `dispatch.find` was asked about: in its code, or in what its map
+    would make.
+    """
+    words, weights = arguments.get("signatures", tensor).shape[-1], arguments.get("weights")
+    if arguments.get("code") is not None:
+        return mixture_of(arguments["code"], words)
+    return max(1, weights[-1].shape[-1] // (32 * words)) if weights and "signatures" in arguments else 1

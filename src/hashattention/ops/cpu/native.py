@@ -155,17 +155,13 @@ def _mask_rows(mask: Tensor | None) -> Tensor | None:
 def score(code: Tensor, signatures: Tensor, selection_heads: int, block_table: Tensor | None = None) -> Tensor:
     """As `reference.score`; the codes of a mixture are scored one by one."""
     code, signatures, table = code.contiguous(), _adjacent(signatures), _flat(block_table)
-    if (mixture := _mixture(code, signatures)) > 1:
+    if (mixture := mixture_of(code, signatures.shape[3])) > 1:
         alone = code.view(len(code), code.shape[1] * mixture, 1, -1)
         scores = score(alone, signatures, alone.shape[1], table).unflatten(1, (selection_heads, -1, mixture))
         return scores.amax(3).sum(2, dtype=torch.int32)
     out = torch.empty(code.shape[0], selection_heads, _tokens(signatures, table), dtype=torch.int32)
     _native.score(_codes(code, code.shape[1], signatures, selection_heads, table), out.data_ptr())
     return out
-
-
-def _mixture(code: Tensor, signatures: Tensor) -> int:
-    return mixture_of(code.shape[3], signatures.shape[3]) if code.dtype == torch.int8 else 1
 
 
 def select(
@@ -194,7 +190,7 @@ def score_select(
     levels: int = 127,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.score_select`; `levels` is not needed, the kernel reads the largest score off the code."""
-    if _mixture(code, signatures) > 1:
+    if mixture_of(code, signatures.shape[3]) > 1:
         return select(score(code, signatures, budgets.shape[1], block_table), start, end, budgets, capacity, mask)
     code, signatures, table, mask = code.contiguous(), _adjacent(signatures), _flat(block_table), _mask_rows(mask)
     start, end, budgets = start.contiguous(), end.contiguous(), budgets.contiguous()

@@ -131,7 +131,8 @@ ALONE = {16: 7, 8: 14, 4: 30, 2: 64, 1: 132}
 #: Slots of a cache from which on 384 threads are faster than 256 that load signatures before they know the code: on one
 #: H100, 8 KV heads, 64 bits, 27.5 us against 30.0 at 128K, and 19.2 against 18.5 at 32K.
 MORE_THREADS_SLOTS = 1 << 16
-#: Slots from which on wide.cu is faster than clusters: there 90.5 us against 105.9 at 1M, 28.7 against 27.5 at 128K.
+#: Slots from which on wide.cu is faster than clusters: there, launched plain, 90.5 us against 105.9 at 1M, 28.7 against
+#: 27.5 at 128K.
 WIDE_SLOTS = 1 << 19
 #: Blocks of a row in wide.cu, all of them running at once on multiprocessors of their own, and their threads.
 WIDE_BLOCKS, WIDE_THREADS = 16, 384

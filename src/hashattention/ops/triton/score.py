@@ -137,11 +137,6 @@ def planes_of(code: Tensor, levels: int) -> int:
     return 0 if code.dtype == torch.int32 else levels.bit_length() + 1
 
 
-def mixed_in(code: Tensor, words: int) -> int:
-    """Codes that are mixed in one, for signatures of so many words."""
-    return 1 if code.dtype == torch.int32 else mixture_of(code.shape[-1], words)
-
-
 def tokens_of(signatures: Tensor, block_table: Tensor | None) -> int:
     """T: tokens a row of a dense or paged cache spans."""
     return signatures.shape[2] if block_table is None else block_table.shape[1] * signatures.shape[2]
@@ -159,6 +154,6 @@ def score(code: Tensor, signatures: Tensor, selection_heads: int, block_table: T
         *signatures.stride()[:3],
         0 if block_table is None else block_table.stride(0), signatures.shape[2],
         W=words, WP=triton.next_power_of_2(words), CODES=code_heads // selection_heads, PLANES=planes_of(code, 127),
-        MIXED=mixed_in(code, words), PAGED=block_table is not None, TILE=1024, num_warps=4,
+        MIXED=mixture_of(code, words), PAGED=block_table is not None, TILE=1024, num_warps=4,
     )  # fmt: skip
     return out

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hashattention.ops.triton.score import count_matches, mixed_in, planes_of, tokens_of
+from hashattention.ops.shapes import mixture_of
+from hashattention.ops.triton.score import count_matches, planes_of, tokens_of
 
 #: More score levels than this are refused: two digits of 6 bits.
 MOST_LEVELS = 4096
@@ -290,7 +291,7 @@ def score_select(
     signatures = signatures if signatures.stride(-1) == 1 else signatures.contiguous()
     tokens, words = tokens_of(signatures, block_table), signatures.shape[-1]
     largest = levels if code.dtype == torch.int8 else 0
-    bins, padded = bins_of(levels_of(code_heads // heads, words * 32, largest, mixed_in(code, words)))
+    bins, padded = bins_of(levels_of(code_heads // heads, words * 32, largest, mixture_of(code, words)))
     chunk_tokens = chunk_of(tokens, rows)
     chunks = triton.cdiv(tokens, chunk_tokens)
     scores = torch.empty(rows * tokens, dtype=torch.int16, device=device)
@@ -304,7 +305,7 @@ def score_select(
         tokens, capacity, chunk_tokens, code_heads, signatures.shape[1], *signatures.stride()[:3],
         0 if block_table is None else block_table.stride(0), signatures.shape[2],
         W=words, WP=triton.next_power_of_2(words), CODES=code_heads // heads, PLANES=planes_of(code, levels),
-        MIXED=mixed_in(code, words), PAGED=block_table is not None, TILE=1024 if words <= 2 else 512, BINS=bins,
+        MIXED=mixture_of(code, words), PAGED=block_table is not None, TILE=1024 if words <= 2 else 512, BINS=bins,
         LEVELS=padded, num_warps=4,
     )  # fmt: skip
     _write_indices[(chunks, rows)](
