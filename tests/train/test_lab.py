@@ -83,7 +83,8 @@ def test_what_is_done_stays_when_a_study_ends_early(tmp_path, monkeypatch):
         study(tmp_path, plan)
     lines = (tmp_path / "out" / "rows.jsonl").read_text().splitlines()
     assert [json.loads(line)["variant"] for line in lines] == [REFERENCES, "a"]
-    assert HashMaps.from_pretrained(tmp_path / "out" / "a").training_info["recipe"]["steps"] == 2
+    saved = HashMaps.from_pretrained(tmp_path / "out" / "a")
+    assert saved.training_info["recipe"]["steps"] == 2 and saved.temperatures is not None
     monkeypatch.setattr(module, "fit", fit)
     _, rows = study(tmp_path, plan)
     assert [row["variant"] for row in rows] == [REFERENCES, "a", "b"] and begun == [2, 3]
@@ -104,6 +105,18 @@ def test_variants_share_targets_where_they_fit(tmp_path, monkeypatch):
     made.clear()
     study(tmp_path / "none", plan)
     assert not made
+
+
+def test_kept_tokens_hold_the_targets_they_were_made_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "StoredTargets", None)
+    plan = sweep(Variant("kept", {"steps": 2}), Variant("two codes", {"steps": 2, "maps": {"mixture": 2}}))
+    kept = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, keep_tokens=64))
+    _, rows = study(tmp_path, kept)
+    assert len(rows) == 3 and rows[1]["recipe"]["keep_tokens"] == 64
+    for change in ({"pool": "peak_max"}, {"keep_tokens": 0}):
+        other = dataclasses.replace(kept, variants=[Variant("other", {"steps": 2, **change})])
+        with pytest.raises(ConfigError, match=f"variant 'other': {next(iter(change))} is"):
+            study(tmp_path / "other", other)
 
 
 def test_a_seed_of_its_own_draws_other_weights_for_the_same_text(tmp_path):

@@ -26,7 +26,7 @@ def dense(query, key, layer, head, n, scale):
 
 
 def test_candidates_are_neither_future_nor_sink_nor_local():
-    heavy = labels.heavy_candidates(POSITIONS, TOKENS, SINK, LOCAL)
+    heavy = labels.heavy_candidates(POSITIONS, torch.arange(TOKENS), SINK, LOCAL)
     for row, position in enumerate(POSITIONS.tolist()):
         expected = [SINK <= t <= position - LOCAL for t in range(TOKENS)]
         assert heavy[row].tolist() == expected

@@ -104,6 +104,13 @@ def test_memory_and_disk_give_the_same_maps(tmp_path, texts):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
+def test_kept_tokens_train_the_same_maps_in_memory_and_on_disk(tmp_path, texts):
+    for name, in_memory in (("a", True), ("b", False)):
+        report = train(tiny_model(), texts, tmp_path / name, tiny_recipe(keep_tokens=64), in_memory=in_memory)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert report["recipe"]["keep_tokens"] == 64
+
+
 def test_the_papers_recipe_runs(tmp_path, texts):
     maps = MapsConfig(32, (16, 16), "symmetric", "head", "query_head", "query_head")
     small = {"context": 1024, "queries": 64, "step_queries": 32, "sequences": 2, "held_out": 1, "steps": 6}

@@ -46,6 +46,26 @@ def test_what_is_read_is_what_was_written(tmp_path, value):
         assert same(store.read(0, 1, 2), sample(value=value).layers(1, 2))
 
 
+def test_thinned_samples_are_read_as_they_were_written(tmp_path):
+    extra = {"tokens": torch.arange(0, 20, 2), "target": torch.arange(3 * 2 * 4 * 10).view(3, 2, 4, 10).byte()}
+    whole = dataclasses.replace(sample(), **extra)
+    folder = FolderShards(tmp_path, {})
+    folder.obtain("a", lambda: whole)
+    assert same(folder.read(0, 0, 3), whole) and same(folder.read(0, 1, 3), whole.layers(1, 3))
+    assert whole.layers(1, 3).target.shape[0] == 2 and whole.layers(1, 3).tokens is whole.tokens
+
+
+def test_what_kept_tokens_teach_is_part_of_a_capture():
+    base = dataclasses.replace(BASE, name="here")
+    plain, kept = (shards.capture_settings(tiny_recipe(keep_tokens=keep), base, "w", "t") for keep in (0, 64))
+    assert "pool" not in plain and kept["pool"] == "mean" and kept["selection_heads"] == base.num_key_value_heads
+    few, all_tokens = (shards.sample_bytes(tiny_recipe(keep_tokens=keep), base, held_out=False) for keep in (64, 256))
+    assert few < all_tokens
+    assert shards.sample_bytes(tiny_recipe(keep_tokens=64), base, held_out=True) == shards.sample_bytes(
+        tiny_recipe(), base, held_out=True
+    )
+
+
 def test_whole_shards_are_not_captured_again(tmp_path):
     FolderShards(tmp_path, {"context": 20}).obtain("a", sample)
     again = FolderShards(tmp_path, {"context": 20})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from tests.train.bytes_model import tiny_recipe
 from tests.train.test_fit import BASE, CPU, samples
@@ -63,3 +64,33 @@ def test_labels_of_the_papers_loss_stay_labels():
     sample = store.read(2, 1, 3).pick(queries)
     found = targets.LiveTargets(recipe, BASE).of(2, queries, sample, torch.arange(0, 256, 3))
     assert found.unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"pool": "peak_sum"}, {"loss": "bce"}, {"weigh": "output"}], ids=str)
+def test_a_thinned_sample_teaches_what_the_whole_one_does(monkeypatch, changes):
+    recipe = tiny_recipe(keep_tokens=100, **changes)
+    for chunk in (targets.CHUNK_BYTES, 1):
+        monkeypatch.setattr(targets, "CHUNK_BYTES", chunk)
+        whole = samples(recipe).read(1, 0, 3)
+        thinned = targets.thin(whole, recipe, BASE, torch.Generator().manual_seed(3))
+        assert thinned.value is None and thinned.key.shape == (3, 2, 100, 16) and thinned.target.dtype == torch.uint8
+        assert torch.equal(thinned.key, whole.key[:, :, thinned.tokens])
+        queries, some = torch.tensor([1, 5, 31]), torch.tensor([0, 44, 45, 99])
+        held = samples(recipe)
+        held.samples = [thinned]
+        for tokens in (None, some):
+            sample = held.read(0, 1, 3).pick(queries)
+            found = targets.lesson(targets.KeptTargets(recipe), recipe, 0, queries, sample, tokens)
+            places = thinned.tokens if tokens is None else thinned.tokens[tokens]
+            whole_sample = whole.layers(1, 3).pick(queries)
+            wanted = targets.lesson(targets.LiveTargets(recipe, BASE), recipe, 0, queries, whole_sample, places)
+            assert torch.equal(found.heavy, wanted.heavy) and torch.equal(found.sample.key, wanted.sample.key)
+            assert torch.equal(found.sample.key_positions(), places)
+            torch.testing.assert_close(found.target, wanted.target, rtol=0.07, atol=2e-6)
+
+
+def test_a_short_sequence_is_kept_whole():
+    recipe = tiny_recipe(keep_tokens=4096)
+    whole = samples(recipe).read(0, 0, 3)
+    thinned = targets.thin(whole, recipe, BASE, torch.Generator())
+    assert torch.equal(thinned.key, whole.key) and thinned.tokens.tolist() == list(range(256))

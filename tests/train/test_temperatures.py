@@ -50,7 +50,7 @@ def entropy(held, maps, table, row, factor):
     layer = maps.layer(BASE.layers[row])
     scores = metrics.hash_scores(layer, sample, heads)
     scale = layer.scale_queries(sample.query)[1][0].view(heads, -1, len(sample.positions)).mean(1)
-    heavy = heavy_candidates(sample.positions, scores.shape[-1], 4, 16)
+    heavy = heavy_candidates(sample.positions, sample.key_positions(), 4, 16)
     own = (scores * scale[..., None]).double() * table[row][:, None, None] * factor
     own = own.masked_fill(~heavy, -torch.inf).log_softmax(-1).masked_fill(~heavy, 0.0)
     attention = attention_logits(sample.query, sample.key, sample.positions, sample.scale)[0].softmax(-1)

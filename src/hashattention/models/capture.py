@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from hashattention.models.describe import dense_function
 IMPLEMENTATION = "hash_capture"
 #: Tokens read at once: bounds the activations of a long context.
 CHUNK = 4096
+#: Fields of a sample whose first dimension is the layers.
+LAYERED = ("key", "query", "scale", "value", "target")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Sample:
 
     `key` ``[L, Hkv, T, D]``, `query` ``[L, Hq, N, D]`` at `positions` int32 ``[N]``, `scale` float32 ``[L]``
     (multiplies the logits), and `value` ``[L, Hkv, T, Dv]`` where it was asked for. Where `key` holds some of the
-    tokens alone, `tokens` int64 ``[T]`` says which.
+    tokens alone, `tokens` int64 ``[T]`` says which, and `target` uint8 ``[L, Hsel, N, T]`` may hold what is taught of
+    them, made while all tokens were there (`train.targets.thin`).
     """
 
     key: Tensor
@@ -34,18 +37,22 @@ class Sample:
     scale: Tensor
     value: Tensor | None = None
     tokens: Tensor | None = None
+    target: Tensor | None = None
 
     def layers(self, first: int, last: int) -> Sample:
         """Layers ``first <= l < last``, as views."""
-        value = None if self.value is None else self.value[first:last]
-        key, query, scale = self.key[first:last], self.query[first:last], self.scale[first:last]
-        return dataclasses.replace(self, key=key, query=query, scale=scale, value=value)
+        return self.by_layer(lambda tensor: tensor[first:last])
+
+    def by_layer(self, change: Callable[[Tensor], Tensor]) -> Sample:
+        """With `change` made to every tensor whose first dimension is the layers."""
+        tensors = {name: getattr(self, name) for name in LAYERED}
+        return dataclasses.replace(self, **{name: change(t) for name, t in tensors.items() if t is not None})
 
     def to(self, device: torch.device | str) -> Sample:
         """On another device."""
-        value, tokens = (None if tensor is None else tensor.to(device) for tensor in (self.value, self.tokens))
-        key, query, positions, scale = (t.to(device) for t in (self.key, self.query, self.positions, self.scale))
-        return Sample(key, query, positions, scale, value, tokens)
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors |= {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
+        return Sample(**tensors)
 
     def key_positions(self) -> Tensor:
         """Position of every key, int64 ``[T]``."""
@@ -53,7 +60,9 @@ class Sample:
 
     def pick(self, index: Tensor) -> Sample:
         """Only the queries `index` int64 ``[n]``."""
-        return dataclasses.replace(self, query=self.query[:, :, index], positions=self.positions[index])
+        target = None if self.target is None else self.target.index_select(2, index)
+        positions = self.positions[index]
+        return dataclasses.replace(self, query=self.query[:, :, index], positions=positions, target=target)
 
 
 class Recorder:

@@ -21,6 +21,7 @@ from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards, Samples, hash_seed, resident, sample_bytes
 from hashattention.train.student import Student, measure_moments
 from hashattention.train.targets import (
+    KeptTargets,
     LiveTargets,
     StoredTargets,
     Targets,
@@ -113,6 +114,8 @@ def _nearby(samples: Samples, recipe: Recipe, base: BaseModel, first: int, last:
 
 
 def _targets(samples: Samples, recipe: Recipe, base: BaseModel, first: int, last: int, device: torch.device) -> Targets:
+    if recipe.keep_tokens:
+        return KeptTargets(recipe)
     if device.type == "cuda":
         needed = stored_bytes(recipe, base, len(samples), last - first)
         if needed < free_bytes(device) * STORED_SHARE:
@@ -121,7 +124,9 @@ def _targets(samples: Samples, recipe: Recipe, base: BaseModel, first: int, last
 
 
 def _has_room(samples: Samples, recipe: Recipe, base: BaseModel, device: torch.device) -> bool:
-    """Whether the targets of all layers can be stored beside these samples."""
+    """Whether the targets of all layers are, or can be, stored beside these samples."""
+    if recipe.keep_tokens:
+        return True
     if device.type != "cuda" or not isinstance(samples, MemoryShards):
         return False
     return stored_bytes(recipe, base, len(samples), len(base.layers)) < free_bytes(device) * STORED_SHARE

@@ -19,12 +19,12 @@ from hashattention.errors import ConfigError
 from hashattention.maps import HashMaps
 from hashattention.models.packaged import Progress
 from hashattention.selectors.lsh import draw_hyperplanes, linear_maps
-from hashattention.train import budgets, metrics, run, shards
+from hashattention.train import budgets, metrics, run, shards, temperatures
 from hashattention.train.fit import CPU_BYTES, fit
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards
 from hashattention.train.sweep import BEST, Sweep, Variant
-from hashattention.train.targets import StoredTargets, free_bytes, stored_bytes
+from hashattention.train.targets import KeptTargets, StoredTargets, Targets, free_bytes, stored_bytes
 from hashattention.train.text import Texts, sequences
 
 if TYPE_CHECKING:
@@ -144,11 +144,12 @@ class Lab:
         the text.
         """
         mine, theirs = (shards.capture_settings(each, self.base, "", "") for each in (self.sweep.recipe, recipe))
-        for name, value in theirs.items():
-            fewer = name == "sequences" and value <= mine[name]
-            if name not in ("values", "seed") and value != mine[name] and not fewer:
+        for name in dict.fromkeys((*mine, *theirs)):
+            held, value = mine.get(name), theirs.get(name)
+            fewer = name == "sequences" and value <= held
+            if name not in ("values", "seed") and value != held and not fewer:
                 raise ConfigError(
-                    f"variant {variant.name!r}: {name} is {value!r}, but the sweep captures {mine[name]!r}; "
+                    f"variant {variant.name!r}: {name} is {value!r}, but the sweep captures {held!r}; "
                     "give it a sweep of its own (fewer sequences are allowed)."
                 )
         return recipe
@@ -213,6 +214,8 @@ class Lab:
         if variant.tests:
             row["tests"] = self._test(maps, layers)
         if variant.save:
+            table = temperatures.fit(held_out, base, maps, sink=recipe.sink, local=recipe.local, device=self.device)
+            maps.temperatures = temperatures.as_temperatures(table)
             maps.training_info = {key: row[key] for key in ("recipe", "budgets", "text", "origin")}
             maps.cpu().save_pretrained(self.out / variant.name.replace("/", "-"), recipe.stored)
         self._add(row)
@@ -232,8 +235,10 @@ class Lab:
             found[name] = self._summary(table, reference[name])
         return found
 
-    def _targets(self, samples: MemoryShards, recipe: Recipe, layers: tuple[int, ...]) -> StoredTargets | None:
+    def _targets(self, samples: MemoryShards, recipe: Recipe, layers: tuple[int, ...]) -> Targets | None:
         """Stored once for all variants that share them; None where the device has no room, or the loss wants labels."""
+        if recipe.keep_tokens:
+            return KeptTargets(recipe)
         if recipe.loss == "bce":
             return None
         selection_heads = recipe.maps.selection_heads(self.base)
@@ -325,11 +330,7 @@ def _only(samples: Any, rows: list[int]) -> MemoryShards:
             narrow.samples.append(whole.layers(rows[0], rows[-1] + 1))
             continue
         at = torch.tensor(rows, device=whole.key.device)
-        parts = (
-            None if t is None else t.index_select(0, at) for t in (whole.key, whole.query, whole.scale, whole.value)
-        )
-        key, query, scale, value = parts
-        narrow.samples.append(dataclasses.replace(whole, key=key, query=query, scale=scale, value=value))
+        narrow.samples.append(whole.by_layer(lambda tensor, at=at: tensor.index_select(0, at)))
     return narrow
 
 

@@ -54,9 +54,10 @@ def attention_logits(query: Tensor, key: Tensor, positions: Tensor, scale: Tenso
     return logits.masked_fill_(future, -torch.inf)
 
 
-def heavy_candidates(positions: Tensor, tokens: int, sink: int, local: int) -> Tensor:
-    """Tokens that the query at ``positions[n]`` may select, bool ``[N, T]``: no sink, none of its last `local`."""
-    token = torch.arange(tokens, device=positions.device)
+def heavy_candidates(positions: Tensor, token: Tensor, sink: int, local: int) -> Tensor:
+    """Which keys, of positions `token` ``[T]``, the query at ``positions[n]`` may select, bool ``[N, T]``: no sink,
+    none of its last `local`.
+    """
     return (token >= sink) & (token <= positions[:, None] - local)
 
 
@@ -115,7 +116,7 @@ def teach(sample: Sample, recipe: Recipe, *, shared: bool) -> Teacher:
     """The teacher of one sequence: pooled over the GQA group where the selection is `shared`, else one a query head."""
     logits = attention_logits(sample.query, sample.key, sample.positions, sample.scale)
     weight = token_weights(sample, logits, recipe.weigh)
-    heavy = heavy_candidates(sample.positions, sample.key.shape[2], recipe.sink, recipe.local)
+    heavy = heavy_candidates(sample.positions, sample.key_positions(), recipe.sink, recipe.local)
     if shared:
         return Teacher(pool_logits(logits, recipe.pool, weight), heavy)
     return Teacher((logits if weight is None else logits + weight).flatten(1, 2), heavy)

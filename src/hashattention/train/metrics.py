@@ -58,7 +58,7 @@ class Exact:
         weights = torch.softmax(grouped.flatten(0, 1), dim=-1)
         heads = weights.shape[0] // sample.value.shape[1]
         value = sample.value[0].float().repeat_interleave(heads, dim=0)
-        heavy = heavy_candidates(sample.positions, weights.shape[-1], sink, local)
+        heavy = heavy_candidates(sample.positions, sample.key_positions(), sink, local)
         ranked = weights.masked_fill(~heavy, -1)
         top = ranked.topk(min(RECALL_TOP, weights.shape[-1]), dim=-1).indices
         return cls(grouped, weights, value, weights @ value, heavy, top, sample.positions)

@@ -34,7 +34,7 @@ _WHOLE = (
     *("context", "sequences", "queries", "steps", "step_sequences", "step_queries", "top", "negatives"),
     *("checkpoint_every", "check_every"),
 )
-_COUNTS = ("held_out", "held_out_queries", "sink", "local", "warmup", "seed", "step_tokens", "patience")
+_COUNTS = ("held_out", "held_out_queries", "sink", "local", "warmup", "seed", "step_tokens", "keep_tokens", "patience")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,10 @@ class Recipe:
     step_tokens : int
         Tokens of a sequence that one step sees, whatever its length: one from each of as many equal stretches
         (`targets.draw_tokens`). 0: all.
+    keep_tokens : int
+        Tokens of a training sequence that are kept after it was read, one from each of as many equal stretches, with
+        the targets of all queries among them: more sequences and queries then fit in memory. 0: all. Steps draw
+        `step_tokens` of those.
     patience, check_every : int
         The loss of hard codes on held-out sequences is measured every `check_every` steps; training ends once it has
         not fallen `patience` times in a row, with the weights that had the least. 0: it runs to the last step.
@@ -134,6 +138,7 @@ class Recipe:
     step_sequences: int = 1
     step_queries: int = 256
     step_tokens: int = 0
+    keep_tokens: int = 0
     patience: int = 0
     check_every: int = 200
     optimiser: Literal["adam", "muon"] = "adam"

@@ -21,9 +21,11 @@ from hashattention.train.fit import fit
 from hashattention.train.ranks import Ranks
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import FolderShards, MemoryShards, Part
+from hashattention.train.targets import thin
 from hashattention.train.text import Sequences, Texts, sequences
 
 if TYPE_CHECKING:
+    from hashattention.models.capture import Sample
     from hashattention.models.source import LoadedModel
 
 #: Inside the output folder until training is done: checkpoints, and shards one folder down.
@@ -175,7 +177,10 @@ def capture_all(
         target = captured.held_out if held_out else captured.train
         positions = shards.draw_positions(recipe, number, held_out=held_out)
         value = held_out or recipe.weigh != "none"
-        target.obtain(f"{number:05d}", _capturing(model, base, tokens, positions, value))
+        make = _capturing(model, base, tokens, positions, value)
+        if recipe.keep_tokens and not held_out:
+            make = _thinning(make, recipe, base, number)
+        target.obtain(f"{number:05d}", make)
         if progress is not None:
             progress("capturing queries and keys", index + 1, total)
     return captured
@@ -222,12 +227,17 @@ def _budgets(recipe: Recipe) -> list[Budget]:
     return [Budget(heavy=share, sink=recipe.sink, local=recipe.local) for share in recipe.budgets]
 
 
-def _capturing(model: Any, base: BaseModel, tokens: Tensor, positions: Tensor, value: bool) -> Callable[[], Any]:
+def _capturing(model: Any, base: BaseModel, tokens: Tensor, positions: Tensor, value: bool) -> Callable[[], Sample]:
     from hashattention.models.capture import CHUNK, capture
 
     # A GPU reads much at once, and in one piece its attention is causal without a mask.
     chunk = GPU_CHUNK if next(model.parameters()).is_cuda else CHUNK
     return lambda: capture(model, base, tokens, positions, value=value, chunk=chunk)
+
+
+def _thinning(make: Callable[[], Sample], recipe: Recipe, base: BaseModel, number: int) -> Callable[[], Sample]:
+    generator = torch.Generator().manual_seed(shards.hash_seed(recipe.seed, "tokens", number))
+    return lambda: thin(make(), recipe, base, generator)
 
 
 def _load(

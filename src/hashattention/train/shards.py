@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hashattention.config import BaseModel
 from hashattention.errors import CheckpointError
-from hashattention.models.capture import Sample
+from hashattention.models.capture import LAYERED, Sample
 from hashattention.train.recipe import Recipe
 
 MANIFEST = "manifest.json"
@@ -98,8 +98,9 @@ class FolderShards:
         from safetensors import safe_open
 
         with safe_open(self._path(self.names[index]), framework="pt") as file:
-            sliced = {name: file.get_slice(name)[first:last] for name in file.keys() if name != "positions"}  # noqa: SIM118
-            return Sample(**sliced, positions=file.get_tensor("positions"))
+            names = set(file.keys())
+            sliced = {name: file.get_slice(name)[first:last] for name in names & set(LAYERED)}
+            return Sample(**sliced, **{name: file.get_tensor(name) for name in names - set(LAYERED)})
 
     def obtain(self, name: str, make: Callable[[], Sample]) -> None:
         """Add shard `name`: the file if it is whole, else the sample that `make` gives, written."""
@@ -198,6 +199,11 @@ def capture_settings(recipe: Recipe, base: BaseModel, weights: str, texts: str) 
     # The texts last: their tokens depend on the context, and the cause is to be named, not its effect.
     some: dict[str, Any] = {"values": True} if recipe.weigh != "none" else {}
     some |= {"lengths": recipe.lengths} if recipe.lengths else {}
+    if recipe.keep_tokens:
+        # What is kept beside the tokens is what they teach.
+        taught = ("keep_tokens", "loss", "pool", "weigh", "top", "top_mix", "temper")
+        some |= {name: getattr(recipe, name) for name in taught}
+        some["selection_heads"] = recipe.maps.selection_heads(base)
     return {"model": model, "weights": weights, **ours, **some, "texts": texts}
 
 
@@ -213,10 +219,14 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 def sample_bytes(recipe: Recipe, base: BaseModel, *, held_out: bool, tokens: int | None = None) -> int:
     """Bytes of one captured sequence (2-byte values) of `tokens`, by default of the recipe's context."""
-    count = recipe.held_out_queries if held_out else recipe.queries
-    kept = 2 if held_out or recipe.weigh != "none" else 1
-    rows = base.num_key_value_heads * (tokens or recipe.context) * kept + base.num_attention_heads * count
-    return 2 * len(base.layers) * base.head_dim * rows
+    count, length = recipe.held_out_queries if held_out else recipe.queries, tokens or recipe.context
+    taught = 0
+    if recipe.keep_tokens and not held_out:
+        length = min(length, recipe.keep_tokens)
+        taught = recipe.maps.selection_heads(base) * count * length
+    valued = held_out or (recipe.weigh != "none" and not recipe.keep_tokens)
+    rows = base.num_key_value_heads * length * (1 + valued) + base.num_attention_heads * count
+    return len(base.layers) * (2 * base.head_dim * rows + taught)
 
 
 def capture_bytes(recipe: Recipe, base: BaseModel) -> int:

@@ -47,11 +47,12 @@ def lesson(
     targets: Targets, recipe: Recipe, index: int, queries: Tensor, sample: Sample, tokens: Tensor | None = None
 ) -> Lesson:
     """The lesson of some queries and tokens; arguments as in `Targets.of`."""
-    heavy = labels.heavy_candidates(sample.positions, sample.key.shape[2], recipe.sink, recipe.local)
+    places = sample.key_positions()
+    heavy = labels.heavy_candidates(sample.positions, places, recipe.sink, recipe.local)
     target = targets.of(index, queries, sample, tokens)
     if tokens is None:
         return Lesson(sample, target, heavy)
-    some = dataclasses.replace(sample, key=sample.key.index_select(2, tokens), tokens=tokens)
+    some = dataclasses.replace(sample, key=sample.key.index_select(2, tokens), tokens=places[tokens])
     return Lesson(some, target, heavy.index_select(1, tokens))
 
 
@@ -108,6 +109,37 @@ class StoredTargets:
         return _among(decode(self.bytes[index][:, :, queries[:, None], tokens]), self.recipe)
 
 
+class KeptTargets:
+    """Targets that samples bring along (`thin`)."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def of(self, index: int, queries: Tensor, sample: Sample, tokens: Tensor | None = None) -> Tensor:
+        """As `Targets.of`, among the tokens that were kept."""
+        assert sample.target is not None, "samples of a recipe with keep_tokens bring their targets"
+        target = sample.target if tokens is None else sample.target.index_select(-1, tokens)
+        return _among(decode(target), self.recipe)
+
+
+def thin(sample: Sample, recipe: Recipe, base: BaseModel, generator: torch.Generator) -> Sample:
+    """`Recipe.keep_tokens` of a captured sequence's tokens and the targets of all its queries among them, a byte each.
+
+    More text fits in memory so. Targets are made from all tokens first: what a head gives to the others counts.
+    """
+    tokens = draw_tokens(sample.key.shape[2], recipe.keep_tokens, generator)
+    places = sample.key_positions() if tokens is None else tokens.to(sample.key.device)
+    live, (layers, heads, queries, _) = LiveTargets(recipe, base), sample.query.shape
+    every, parts = torch.arange(queries, device=sample.key.device), []
+    at_once = max(1, CHUNK_BYTES // (4 * heads * queries * sample.key.shape[2]))
+    for row in range(0, layers, at_once):
+        whole = live.of(0, every, sample.layers(row, min(row + at_once, layers)))
+        parts.append(encode(whole.index_select(-1, places)))
+    return dataclasses.replace(
+        sample, key=sample.key.index_select(2, places), value=None, tokens=places, target=torch.cat(parts)
+    )
+
+
 def _among(target: Tensor, recipe: Recipe) -> Tensor:
     """Targets of some tokens as distributions over them; the label weights of "bce" stay."""
     if recipe.loss == "bce":
@@ -128,7 +160,9 @@ def decode(steps: Tensor) -> Tensor:
 
 
 def stored_bytes(recipe: Recipe, base: BaseModel, sequences: int, layers: int) -> int:
-    """Bytes of `StoredTargets`."""
+    """Bytes of `StoredTargets`; `KeptTargets` need none beside the samples."""
+    if recipe.keep_tokens:
+        return 0
     tokens = sum(recipe.length(index) for index in range(sequences))
     return tokens * layers * recipe.maps.selection_heads(base) * recipe.queries
 

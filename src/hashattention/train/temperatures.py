@@ -57,7 +57,7 @@ def _statistics(
     scores = hash_scores(layer, sample, heads)
     scale = pool_scale(layer.scale_queries(sample.query, sample.positions[None], backend="reference")[1], heads)[0]
     attention = torch.softmax(attention_logits(sample.query, sample.key, sample.positions, sample.scale)[0], -1)
-    heavy = heavy_candidates(sample.positions, sample.key.shape[2], sink, local)
+    heavy = heavy_candidates(sample.positions, sample.key_positions(), sink, local)
     shared = heads == len(attention)
     target = (attention.mean(1) if shared else attention.flatten(0, 1)).double() * heavy
     mean = (target * scores).sum(-1) / target.sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
