@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tests.train.bytes_model import tiny_recipe
 
-from hashattention.train.optimise import learning_rate, orthogonal
+from hashattention.train.optimise import Optimiser, learning_rate, orthogonal
 
 
 def test_the_rate_warms_up_and_falls():
@@ -24,3 +25,21 @@ def test_every_matrix_of_a_stack_is_made_orthogonal(shape):
     singular = torch.linalg.svdvals(found)
     assert found.shape == shape and singular.min() > 0.6 and singular.max() < 1.3
     assert orthogonal(torch.zeros(2, 3, 4)).abs().max() == 0
+
+
+def test_weights_decay_and_nothing_else_does():
+    names = ("query.weights.0", "query.biases.0", "key.weights.0", "sharpness")
+    student = SimpleNamespace(tensors={name: torch.full((2, 2), 3.0, requires_grad=True) for name in names})
+    recipe = tiny_recipe(learning_rate=0.5, weight_decay=0.1, warmup=0, schedule="constant", query_rate=0.5)
+    optimiser = Optimiser(student, recipe)
+    for tensor in student.tensors.values():
+        tensor.grad = torch.zeros_like(tensor)
+    optimiser.step(0)
+    found = {name: tensor.mean().item() for name, tensor in student.tensors.items()}
+    wanted = {
+        "query.weights.0": 3 * (1 - 0.025),
+        "query.biases.0": 3.0,
+        "key.weights.0": 3 * (1 - 0.05),
+        "sharpness": 3.0,
+    }
+    assert found == pytest.approx(wanted)

@@ -125,13 +125,14 @@ def _adam(tensors: dict[str, Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     # One kernel for all tensors where there is one.
     fused = any(tensor.is_cuda for tensor in tensors.values()) or None
     groups = _groups(tensors, recipe)
-    return kind(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused)
+    return kind(groups, lr=recipe.learning_rate, fused=fused)
 
 
 def _groups(tensors: dict[str, Tensor], recipe: Recipe) -> list[dict[str, Any]]:
-    groups = []
-    for queries, factor in ((True, recipe.query_rate), (False, 1.0)):
-        chosen = [tensor for name, tensor in tensors.items() if name.startswith("query.") == queries]
-        if chosen:
-            groups.append({"params": chosen, "factor": factor})
-    return groups
+    """Tensors that share a rate and a decay: weight matrices alone decay."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        factor = recipe.query_rate if name.startswith("query.") else 1.0
+        decay = recipe.weight_decay if ".weights." in name else 0.0
+        groups.setdefault((factor, decay), []).append(tensor)
+    return [{"params": chosen, "factor": f, "weight_decay": d} for (f, d), chosen in groups.items()]
