@@ -121,7 +121,9 @@ def test_the_papers_recipe_runs(tmp_path, texts):
 
 
 def test_without_held_out_sequences_there_are_no_metrics(tmp_path, texts):
-    assert train(tiny_model(), texts, tmp_path / "maps", tiny_recipe(held_out=0))["metrics"] == {}
+    for keep in (0, 64):
+        recipe = tiny_recipe(held_out=0, keep_tokens=keep)
+        assert train(tiny_model(), texts, tmp_path / f"{keep}", recipe)["metrics"] == {}
 
 
 def unfinished(texts, out):

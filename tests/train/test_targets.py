@@ -5,7 +5,7 @@ import torch
 from tests.train.bytes_model import tiny_recipe
 from tests.train.test_fit import BASE, CPU, samples
 
-from hashattention.train import targets
+from hashattention.train import labels, targets
 
 
 def test_a_byte_keeps_a_target_to_three_percent():
@@ -75,6 +75,8 @@ def test_a_thinned_sample_teaches_what_the_whole_one_does(monkeypatch, changes):
         thinned = targets.thin(whole, recipe, BASE, torch.Generator().manual_seed(3))
         assert thinned.value is None and thinned.key.shape == (3, 2, 100, 16) and thinned.target.dtype == torch.uint8
         assert torch.equal(thinned.key, whole.key[:, :, thinned.tokens])
+        logits = [labels.attention_logits(sample) for sample in (whole, thinned)]
+        torch.testing.assert_close(logits[1], logits[0][..., thinned.tokens])
         queries, some = torch.tensor([1, 5, 31]), torch.tensor([0, 44, 45, 99])
         held = samples(recipe)
         held.samples = [thinned]

@@ -53,7 +53,7 @@ def entropy(held, maps, table, row, factor):
     heavy = heavy_candidates(sample.positions, sample.key_positions(), 4, 16)
     own = (scores * scale[..., None]).double() * table[row][:, None, None] * factor
     own = own.masked_fill(~heavy, -torch.inf).log_softmax(-1).masked_fill(~heavy, 0.0)
-    attention = attention_logits(sample.query, sample.key, sample.positions, sample.scale)[0].softmax(-1)
+    attention = attention_logits(sample)[0].softmax(-1)
     attention = (attention.mean(1) if heads == 2 else attention.flatten(0, 1)) * heavy
     return -(attention / attention.sum(-1, keepdim=True) * own).sum(-1).mean(-1)
 

@@ -146,7 +146,7 @@ class Lab:
         mine, theirs = (shards.capture_settings(each, self.base, "", "") for each in (self.sweep.recipe, recipe))
         for name in dict.fromkeys((*mine, *theirs)):
             held, value = mine.get(name), theirs.get(name)
-            fewer = name == "sequences" and value <= held
+            fewer = name == "sequences" and recipe.sequences <= self.sweep.recipe.sequences
             if name not in ("values", "seed") and value != held and not fewer:
                 raise ConfigError(
                     f"variant {variant.name!r}: {name} is {value!r}, but the sweep captures {held!r}; "
@@ -216,7 +216,8 @@ class Lab:
         if variant.save:
             table = temperatures.fit(held_out, base, maps, sink=recipe.sink, local=recipe.local, device=self.device)
             maps.temperatures = temperatures.as_temperatures(table)
-            maps.training_info = {key: row[key] for key in ("recipe", "budgets", "text", "origin")}
+            maps.training_info = {key: row[key] for key in ("recipe", "text", "origin")}
+            maps.training_info["metrics"] = by_layer(row, self._reference(layers))
             maps.cpu().save_pretrained(self.out / variant.name.replace("/", "-"), recipe.stored)
         self._add(row)
 
@@ -302,6 +303,21 @@ class Lab:
         if self.tell is not None:
             self.tell(row)
         return row
+
+
+def by_layer(row: Row, reference: Row) -> dict[str, Any]:
+    """The row of a variant and that of the references as `metrics.summarise` has them: means over a layer's heads."""
+    budgets = []
+    for ours, theirs in zip(row["budgets"], reference["budgets"], strict=True):
+        found: Row = {name: ours[name] for name in ("heavy", "sink", "local")}
+        for name in ("hash", *metrics.EXACT):
+            table = ours[name] if name == "hash" else theirs[name]
+            found[name] = {field: table[field] for field in (*metrics.FIELDS, "ratio")}
+            for field in metrics.FIELDS if name == "hash" else metrics.FIELDS[:1]:
+                means = [sum(heads) / len(heads) for heads in table[f"{field}_by_head"]]
+                found[name][f"{field}_by_layer"] = [round(mean, 4) for mean in means]
+        budgets.append(found)
+    return {"layers": row["layers"], "budgets": budgets}
 
 
 def _unrotates(sweep: Sweep) -> bool:

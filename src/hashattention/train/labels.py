@@ -42,15 +42,16 @@ def tensor_float32(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def attention_logits(query: Tensor, key: Tensor, positions: Tensor, scale: Tensor) -> Tensor:
-    """Causal logits float32 ``[L, Hkv, G, N, T]``: query ``[L, Hq, N, D]``, key ``[L, Hkv, T, D]``, scale ``[L]``."""
+def attention_logits(sample: Sample) -> Tensor:
+    """Causal logits float32 ``[L, Hkv, G, N, T]`` of all queries of a sample against its keys."""
+    key = sample.key
     layers, heads, tokens, _ = key.shape
-    grouped = query.float().unflatten(1, (heads, -1)) * scale.float()[:, None, None, None, None]
+    grouped = sample.query.float().unflatten(1, (heads, -1)) * sample.scale.float()[:, None, None, None, None]
     size, count = grouped.shape[2:4]
     with tensor_float32(key.device):
         logits = grouped.flatten(2, 3) @ key.float().transpose(-1, -2)
     logits = logits.view(layers, heads, size, count, tokens)
-    future = torch.arange(tokens, device=key.device) > positions[:, None]
+    future = sample.key_positions() > sample.positions[:, None]
     return logits.masked_fill_(future, -torch.inf)
 
 
@@ -114,7 +115,7 @@ def token_weights(sample: Sample, logits: Tensor, weigh: Weigh) -> Tensor | None
 
 def teach(sample: Sample, recipe: Recipe, *, shared: bool) -> Teacher:
     """The teacher of one sequence: pooled over the GQA group where the selection is `shared`, else one a query head."""
-    logits = attention_logits(sample.query, sample.key, sample.positions, sample.scale)
+    logits = attention_logits(sample)
     weight = token_weights(sample, logits, recipe.weigh)
     heavy = heavy_candidates(sample.positions, sample.key_positions(), recipe.sink, recipe.local)
     if shared:

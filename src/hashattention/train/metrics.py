@@ -54,7 +54,7 @@ class Exact:
     def of(cls, sample: Sample, sink: int, local: int) -> Exact:
         """From a sample of one layer with values."""
         assert sample.value is not None, "held-out samples hold values"
-        grouped = attention_logits(sample.query, sample.key, sample.positions, sample.scale)[0]
+        grouped = attention_logits(sample)[0]
         weights = torch.softmax(grouped.flatten(0, 1), dim=-1)
         heads = weights.shape[0] // sample.value.shape[1]
         value = sample.value[0].float().repeat_interleave(heads, dim=0)

@@ -56,7 +56,7 @@ def _statistics(
     """
     scores = hash_scores(layer, sample, heads)
     scale = pool_scale(layer.scale_queries(sample.query, sample.positions[None], backend="reference")[1], heads)[0]
-    attention = torch.softmax(attention_logits(sample.query, sample.key, sample.positions, sample.scale)[0], -1)
+    attention = torch.softmax(attention_logits(sample)[0], -1)
     heavy = heavy_candidates(sample.positions, sample.key_positions(), sink, local)
     shared = heads == len(attention)
     target = (attention.mean(1) if shared else attention.flatten(0, 1)).double() * heavy

@@ -66,9 +66,10 @@ def test_every_launch_leaves_its_counters_at_zero(device: str) -> None:
 @pytest.mark.gpu
 def test_two_graphs_at_once_do_not_meet() -> None:
     """Replays of two graphs side by side, thousands of merges: each has counters of its own."""
-    steps, graphs, outs = [], [], []
+    inputs, steps, graphs, outs = [], [], [], []
     for rows in (1, 3):
         encoded, attended = step("cuda", rows)
+        inputs.append((encoded, attended))  # a graph reads them where they lie
         triton.encode_signature(*encoded), triton.attend(*attended)
         torch.cuda.synchronize()
         graphs.append(torch.cuda.CUDAGraph())
