@@ -13,7 +13,7 @@ import pytest
 PROGRAM = textwrap.dedent(
     """
     import torch
-    from hashattention import ops
+    from hashattention.ops import cuda
 
     def maps(width, bits):
         widths = (width, 256, 256, bits)
@@ -21,7 +21,8 @@ PROGRAM = textwrap.dedent(
         return weights, [torch.randn(2, b, device="cuda") * 0.1 for b in widths[1:]]
 
     torch.manual_seed(0)
-    for batch, tokens, pages in ((1, 520, 0), (7, 520, 0), (20, 512, 16)):
+    rows = (1, 520, 0, 1), (7, 520, 0, 1), (20, 512, 16, 1), (1, 520, 0, 2), (7, 520, 0, 2)
+    for batch, tokens, pages, mixture in rows:
         k, v = (torch.randn(batch, 2, tokens, 64, device="cuda").bfloat16() for _ in range(2))
         signatures = torch.randint(-(2**31), 2**31, (batch, 2, tokens, 2), device="cuda", dtype=torch.int32)
         table, key = None, k[:, :, -1:].clone()
@@ -34,9 +35,10 @@ PROGRAM = textwrap.dedent(
         budgets = torch.tensor([4, 8, 40], device="cuda").int().repeat(batch, 2, 1)
         q = torch.randn(batch, 8, 1, 64, device="cuda").bfloat16()
         new_key = (key, *maps(64, 64))
-        out, _ = ops.decode(
-            q, k, v, signatures, *maps(256, 64), torch.zeros_like(end), end, budgets, 52, levels=7, scale=0.125,
-            block_table=table, new_key=new_key, backend="cuda",
+        caches, query = (k, v, signatures), maps(256, 64 * mixture)
+        out, _ = cuda.decode_step(
+            q, *caches, *query, torch.zeros_like(end), end, budgets, 52, levels=7, scale=0.125,
+            block_table=table, new_key=new_key,
         )
         assert out.isfinite().all()
     """

@@ -21,7 +21,7 @@ def maps(heads, widths, dtype):
 
 def case(
     batch, tokens, *, bits=64, dim=128, heads=8, group=4, levels=7, dtype=torch.bfloat16, budget=(16, 64, 100),
-    hidden=(256, 256),
+    hidden=(256, 256), mixture=1,
 ):  # fmt: skip
     """Random tensors with ragged rows; what must not be read is NaN."""
     k, v = (torch.randn(batch, heads, tokens, dim, device="cuda", dtype=dtype) for _ in range(2))
@@ -32,7 +32,7 @@ def case(
     outside = (outside < start[:, None]) | (outside >= end[:, None])
     for cache in (k, v):
         cache.masked_fill_(outside[:, None, :, None], float("nan"))
-    weights, biases = maps(heads, (group * dim, *hidden, bits), dtype)
+    weights, biases = maps(heads, (group * dim, *hidden, bits * mixture), dtype)
     return {
         "q": torch.randn(batch, heads * group, 1, dim, device="cuda", dtype=dtype),
         "k": k,

@@ -1,7 +1,7 @@
 """CUDA C++ kernels for compute capability 9.0: the group code's decode step in one launch or two.
 
-Compiled at first use. They serve maps of one or two hidden layers with one code, one signature and one selection a
-head; all else falls to the portable kernels.
+Compiled at first use. They serve maps of one or two hidden layers with one signature, one selection and one code
+(or a mixture of 2 or 4) a head; all else falls to the portable kernels.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ from hashattention.ops.shapes import mixture_in
 __all__ = ["attend", "decode", "decode_step", "refuse", "score_select"]
 
 SHORT = (torch.float16, torch.bfloat16)
+#: Codes of a query: powers of two are what encode.cu lays its columns out for.
+MIXTURES = (1, 2, 4)
+#: Entries of a query's codes: the registers of a warp that scores.
+MOST_ENTRIES = 256
 #: Up to as many rows the step encodes by itself, each in a cluster of 8 blocks with multiprocessors of their own; more
 #: share a launch before it, which reads the maps once for all.
 FEW_ROWS = 12
@@ -48,16 +52,14 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
         return "needs nvcc (CUDA_HOME or PATH)"
     if arguments.get("mask") is not None:
         return "a mask with holes is not supported"
-    if mixture_in(tensor, arguments) > 1:
-        return "a mixture of codes is left to the portable kernels"
     if tensor.numel() == 0:
         return "empty tensors are left to the reference"
     if op in ("score_select", "attend") and not arguments.get("named"):
         return "a part of the step, compiled for those who name it"
     checks = {
-        "score_select": (_refuse_pages, _refuse_length, _refuse_code, _refuse_signatures),
+        "score_select": (_refuse_pages, _refuse_length, _refuse_code, _refuse_signatures, _refuse_mixture),
         "attend": (_refuse_pages, _refuse_attend),
-    }.get(op, (_refuse_pages, _refuse_length, _refuse_map, _refuse_attend, _refuse_signatures))
+    }.get(op, (_refuse_pages, _refuse_length, _refuse_mixture, _refuse_map, _refuse_attend, _refuse_signatures))
     return next((reason for check in checks if (reason := check(tensor, arguments))), None)
 
 
@@ -77,8 +79,16 @@ def _refuse_pages(tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
 def _refuse_length(tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
     signatures, table = arguments.get("signatures", tensor), arguments.get("block_table")
     tokens = signatures.shape[2] * (1 if table is None else table.shape[1])
-    held = choose(0, 1, tokens, arguments["capacity"], 8 * 256)
+    held = choose(0, 1, tokens, arguments["capacity"], 8 * 256, mixture_in(tensor, arguments))
     return None if held else f"{tokens} tokens a row are more than a cluster's shared memory holds"
+
+
+def _refuse_mixture(tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    mixture, words = mixture_in(tensor, arguments), arguments.get("signatures", tensor).shape[-1]
+    if mixture not in MIXTURES:
+        return f"needs a code, or a mixture of 2 or 4, given {mixture}"
+    entries = mixture * words * 32
+    return None if entries <= MOST_ENTRIES else f"at most {MOST_ENTRIES} entries a query, given {entries}"
 
 
 def _refuse_attend(q: Tensor, arguments: Mapping[str, Any]) -> str | None:
@@ -102,8 +112,8 @@ def _refuse_map(q: Tensor, arguments: Mapping[str, Any]) -> str | None:
         return "needs a map of 2 or 3 stages with one code a selection head"
     if any(w.dtype != q.dtype or not w.is_contiguous() for w in weights):
         return "needs contiguous weights of the dtype of q"
-    widths = [w.shape[-1] for w in weights]
-    if encode_blocks(weights[0].shape[1], 64, widths[:-1], widths[-1]) is None:
+    widths, mixture = [w.shape[-1] for w in weights], mixture_in(q, arguments)
+    if encode_blocks(weights[0].shape[1], 64, widths[:-1], widths[-1] // mixture, mixture) is None:
         return (
             f"needs hidden layers of a multiple of 64 entries that fit a cluster's shared memory, given {widths[:-1]}"
         )
@@ -164,7 +174,8 @@ def decode_step(
     two: `fused` says which, None as `FEW_ROWS` has it. `shape` forces (threads, blocks a row) of the second.
     """
     batch, heads = budgets.shape[:2]
-    bits = weights[-1].shape[-1]
+    bits = signatures.shape[-1] * 32
+    mixture = weights[-1].shape[-1] // bits
     out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
     logsumexp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     tokens = signatures.shape[2] * (1 if block_table is None else block_table.shape[1])
@@ -172,24 +183,26 @@ def decode_step(
     tensors |= {"table": block_table, "q": q, "k": k, "v": v, "out": out, "logsumexp": logsumexp}
     run = functools.partial(
         launch, heads=heads, batch=batch, capacity=capacity, bits=bits, levels=levels, tokens=tokens, tensors=tensors,
-        scale=scale, softcap=softcap,
+        scale=scale, softcap=softcap, mixture=mixture,
     )  # fmt: skip
     if new_key:
         new_key = _align(new_key[0]), *new_key[1:]
-    hidden = fuses(q, heads, weights, new_key[1] if new_key else None)
+    hidden = fuses(q, heads, weights, new_key[1] if new_key else None, mixture)
     x = q.view(batch, heads, 1, -1)
     if hidden and (heads * batch <= FEW_ROWS if fused is None else fused):
         outputs = q.shape[1] // heads * q.shape[-1]
         processors = count_processors(q.device)
-        whole = choose_fused(heads, batch, tokens, capacity, outputs, hidden, bits, q.shape[-1], processors)
+        sizes = tokens, capacity, outputs, hidden, bits, q.shape[-1]
+        whole = choose_fused(heads, batch, *sizes, processors, mixture)
         if whole:
             maps = describe(x, weights, biases), describe(*new_key) if new_key else Map()
             run(3, hidden=hidden, maps=maps, shape=whole)
             return out, logsumexp
     rows, outputs = heads * batch, q.shape[1] // heads * q.shape[-1]
-    chosen = choose(0, rows, tokens, capacity, outputs) if shape is None else None
+    chosen = choose(0, rows, tokens, capacity, outputs, mixture) if shape is None else None
     early = chosen is not None and starts_early(chosen, rows, tokens, bits)
-    planes = torch.empty((batch, heads, planes_of(levels) + 1, bits // 32), dtype=torch.int32, device=q.device)
+    held = batch, heads, mixture, planes_of(levels) + 1, bits // 32
+    planes = torch.empty(held, dtype=torch.int32, device=q.device)
     encode(x, weights, biases, levels, planes, (*new_key, signatures, end, block_table) if new_key else None, early)
     tensors["planes"] = planes
     run(0, shape=chosen or shape)

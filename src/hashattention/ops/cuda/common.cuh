@@ -1,5 +1,5 @@
 // What the parts of the step share. Built with: HEAD_DIM, ROWS (query heads a selection head), WORDS (of a signature), PLANES
-// (bits of a weight's magnitude), LEVELS, PAGED, HALF (fp16, else bf16), HIDDEN0 and HIDDEN1 (0: no such stage), MODE, and the
+// (bits of a weight's magnitude), LEVELS, MIXED (codes a query, of whose scores the largest counts), PAGED, HALF (fp16, else bf16), HIDDEN0 and HIDDEN1 (0: no such stage), MODE, and the
 // shape of a launch: THREADS of a block, BLOCKS of a row, RESIDENT blocks of a multiprocessor. The shape is known to the compiler
 // because at batch 1 nearly all time is latency: a loop over the blocks of a cluster must be a handful of independent loads.
 #pragma once
@@ -45,11 +45,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 
 __device__ __forceinline__ float silu(float x) { return x / (1 + __expf(-x)); }
 
-constexpr int BITS = WORDS * 32, BINS = 128, WARPS = THREADS / 32;
+// CODE: words of one code in planes, its signs and then its magnitude's bit planes; COLUMNS: entries of all codes of a query.
+constexpr int BITS = WORDS * 32, BINS = 128, WARPS = THREADS / 32, CODE = (PLANES + 1) * WORDS, COLUMNS = MIXED * BITS;
+static_assert(MIXED == 1 || LEVELS > 0, "bit codes are not mixed");
 
-// One warp: word w of a code, a lane's weight each (a bit code's is 1 or -1), as signs and bit planes of the magnitudes.
+// One warp: word w of all codes, a lane's weight each (a bit code's is 1 or -1), as signs and bit planes of the magnitudes.
 __device__ __forceinline__ void store_planes(uint32_t* planes, int w, int code) {
     int lane = threadIdx.x & 31;
+    planes += w / WORDS * CODE, w %= WORDS;
     uint32_t sign = __ballot_sync(~0u, code < 0);
     if (lane == 0) planes[w] = sign;
 #pragma unroll
@@ -59,16 +62,16 @@ __device__ __forceinline__ void store_planes(uint32_t* planes, int w, int code) 
     }
 }
 
-// One warp: integer weights of the logits (a bit code: LEVELS 0).
+// One warp: integer weights of the logits (a bit code: LEVELS 0); the codes of a mixture have one scale.
 __device__ __forceinline__ void quantise(const float* logits, uint32_t* planes) {
     int lane = threadIdx.x & 31;
     uint32_t top = 0;
 #pragma unroll
-    for (int w = 0; w < WORDS; w++) top = max(top, __float_as_uint(fabsf(logits[w * 32 + lane])));
+    for (int w = 0; w < MIXED * WORDS; w++) top = max(top, __float_as_uint(fabsf(logits[w * 32 + lane])));
     // Floats above 0 are ordered as their bits are.
     float scale = __fdividef(LEVELS, fmaxf(__uint_as_float(__reduce_max_sync(~0u, top)), 1e-30f));
 #pragma unroll
-    for (int w = 0; w < WORDS; w++) {
+    for (int w = 0; w < MIXED * WORDS; w++) {
         float logit = logits[w * 32 + lane];
         store_planes(planes, w, LEVELS ? __float2int_rn(logit * scale) : (logit > 0 ? 1 : -1));
     }
@@ -78,8 +81,8 @@ __device__ __forceinline__ void quantise(const float* logits, uint32_t* planes) 
 __device__ __forceinline__ void read_code(const void* codes, int64_t row, uint32_t* planes) {
     int lane = threadIdx.x & 31;
 #pragma unroll
-    for (int w = 0; w < WORDS; w++) {
-        int code = LEVELS ? static_cast<const int8_t*>(codes)[row * BITS + w * 32 + lane]
+    for (int w = 0; w < MIXED * WORDS; w++) {
+        int code = LEVELS ? static_cast<const int8_t*>(codes)[row * COLUMNS + w * 32 + lane]
                           : (static_cast<const uint32_t*>(codes)[row * WORDS + w] >> lane & 1 ? 1 : -1);
         store_planes(planes, w, code);
     }
@@ -95,7 +98,7 @@ struct Map {
 };
 
 struct Arguments {
-    const uint32_t* planes;       // [B, H, PLANES + 1, WORDS]: the signs, then the magnitude's bit planes; MODE 1: a code
+    const uint32_t* planes;       // [B, H, MIXED, PLANES + 1, WORDS]: the signs, then the magnitude's bit planes; MODE 1: a code
     uint32_t* signatures;         // dense [B, H, T, WORDS] or pages [P, H, N, WORDS]
     const int* start;             // [B]
     const int* end;               // [B]
@@ -146,7 +149,7 @@ struct Shared {
     uint16_t* slices;   // BLOCKS * BINS: every block's suffix sums
     int* counts;        // BINS: own histogram
     int* warps;         // 32
-    uint32_t* planes;   // 32: the query code of this row
+    uint32_t* planes;   // 32 * MIXED: the query code of this row
     float* stats;       // BLOCKS * 16: every block's maximum and sum of each query head
     float* parts;       // ROWS * HEAD_DIM: every block's part of the outputs that this block merges
     int* list;          // list_capacity
@@ -157,14 +160,14 @@ struct Shared {
         counts = reinterpret_cast<int*>(slices + BLOCKS * BINS);
         warps = counts + BINS;
         planes = reinterpret_cast<uint32_t*>(warps + 32);
-        stats = reinterpret_cast<float*>(planes + 32);
+        stats = reinterpret_cast<float*>(planes + 32 * MIXED);
         parts = stats + BLOCKS * 16;
         list = reinterpret_cast<int*>(parts + ROWS * HEAD_DIM);
         rest = reinterpret_cast<char*>(list + a.list_capacity);
     }
-    __device__ uint32_t* newest() const { return planes + 28; }
+    __device__ uint32_t* newest() const { return planes + 32 * MIXED - 4; }
     __device__ uint8_t* scores() const { return reinterpret_cast<uint8_t*>(rest); }
     __device__ float* scratch() const { return reinterpret_cast<float*>(rest); }
 
-    static constexpr int fixed_bytes() { return BLOCKS * BINS * 2 + BINS * 4 + 128 + 128 + BLOCKS * 64 + ROWS * HEAD_DIM * 4; }
+    static constexpr int fixed_bytes() { return BLOCKS * BINS * 2 + BINS * 4 + 128 + 128 * MIXED + BLOCKS * 64 + ROWS * HEAD_DIM * 4; }
 };

@@ -1,13 +1,13 @@
 // Encode many rows: every head's MLP on the tensor cores, a cluster a head and TILE requests; each block holds a slice of every stage's
 // columns, and the hidden layers go to every block through distributed shared memory as two 16-bit numbers, their value and what
 // rounding leaves of it, so that they lose next to nothing. All weights are asked for before the first product.
-// Built with: QUERY_IN, KEY_IN (0: no keys), HIDDEN0, HIDDEN1 (0: none), WORDS, LEVELS (0: bit code), PLANES, BLOCKS, HALF, TILE (requests of a cluster: 16 or 32),
+// Built with: QUERY_IN, KEY_IN (0: no keys), HIDDEN0, HIDDEN1 (0: none), WORDS, LEVELS (0: bit code), PLANES, MIXED, BLOCKS, HALF, TILE (requests of a cluster: 16 or 32),
 // and what common.cuh asks for.
 #include "common.cuh"
 
 struct Batch {
     Map query, key;
-    uint32_t* planes;             // [B, H, PLANES + 1, WORDS]
+    uint32_t* planes;             // [B, H, MIXED, PLANES + 1, WORDS]
     uint32_t* signatures;         // cache, dense [B, H, T, WORDS] or pages [P, H, N, WORDS]
     const int* position;          // [B]: one past the token whose signature is written
     const int* table;             // [B, M] or null
@@ -17,12 +17,12 @@ struct Batch {
 };
 
 constexpr int STAGES = HIDDEN1 ? 3 : 2, LAST = HIDDEN1 ? HIDDEN1 : HIDDEN0, WIDEST_IN = QUERY_IN > KEY_IN ? QUERY_IN : KEY_IN;
-constexpr int COLUMNS0 = HIDDEN0 / BLOCKS, COLUMNS1 = HIDDEN1 / BLOCKS, COLUMNS2 = BITS / BLOCKS, SHARE = TILE / BLOCKS;
+constexpr int COLUMNS0 = HIDDEN0 / BLOCKS, COLUMNS1 = HIDDEN1 / BLOCKS, COLUMNS2 = COLUMNS / BLOCKS, SHARE = TILE / BLOCKS;
 // In 16-byte units: the weights, the inputs (later the second hidden layer), the first hidden layer.
 constexpr int WEIGHTS = (WIDEST_IN * COLUMNS0 + HIDDEN0 * COLUMNS1 + LAST * COLUMNS2) / 8;
 constexpr int INPUTS = TILE * (WIDEST_IN > 2 * HIDDEN1 ? WIDEST_IN : 2 * HIDDEN1) / 8, HIDDENS = 2 * TILE * HIDDEN0 / 8;
-constexpr int SHARED = (WEIGHTS + INPUTS + HIDDENS) * 16 + SHARE * BITS * 4;
-static_assert(COLUMNS0 % 8 == 0 && COLUMNS1 % 8 == 0 && COLUMNS2 % 8 == 0 && QUERY_IN % 64 == 0 && KEY_IN % 64 == 0 && HIDDEN0 % 64 == 0, "widths");
+constexpr int SHARED = (WEIGHTS + INPUTS + HIDDENS) * 16 + SHARE * COLUMNS * 4;
+static_assert(COLUMNS0 % 8 == 0 && COLUMNS1 % 8 == 0 && BITS / BLOCKS % 8 == 0 && (MIXED & (MIXED - 1)) == 0 && QUERY_IN % 64 == 0 && KEY_IN % 64 == 0 && HIDDEN0 % 64 == 0, "widths");
 
 // Where 16 bytes of a row lie, so that eight rows' same chunk falls into eight groups of banks.
 template <int WIDTH>
@@ -41,10 +41,10 @@ __device__ __forceinline__ void copy_async(uint4* to, const void* from) {
 // This block's columns of one stage's weights [IN, OUT].
 template <int IN, int OUT>
 __device__ __forceinline__ void load_slice(uint4* to, const void* weights, int head, int rank) {
-    constexpr int COLUMNS = OUT / BLOCKS, CHUNKS = COLUMNS / 8;
-    const Short* from = static_cast<const Short*>(weights) + int64_t(head) * IN * OUT + rank * COLUMNS;
+    constexpr int OWN = OUT / BLOCKS, CHUNKS = OWN / 8;
+    const Short* from = static_cast<const Short*>(weights) + int64_t(head) * IN * OUT + rank * OWN;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < IN * CHUNKS; i += THREADS) copy_async(to + place<COLUMNS>(i / CHUNKS, i % CHUNKS), from + (i / CHUNKS) * OUT + i % CHUNKS * 8);
+    for (int i = threadIdx.x; i < IN * CHUNKS; i += THREADS) copy_async(to + place<OWN>(i / CHUNKS, i % CHUNKS), from + (i / CHUNKS) * OUT + i % CHUNKS * 8);
 }
 
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -147,6 +147,7 @@ __device__ void write_signature(const Batch& a, const float* logits, int request
 
 template <int IN, bool KEY>
 __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head, char* memory) {
+    constexpr int OUT = KEY ? BITS : COLUMNS;
     cg::cluster_group cluster = cg::this_cluster();
     int rank = cluster.block_rank(), first = blockIdx.z * TILE;
     uint4 *weights = reinterpret_cast<uint4*>(memory), *inputs = weights + WEIGHTS, *hidden = inputs + INPUTS;
@@ -161,11 +162,11 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     }
     Tasks<HIDDEN0> tasks0(map.biases[0], head, rank);
     Tasks<HIDDEN1> tasks1(map.biases[1], head, rank);
-    Tasks<BITS> tasks2(map.biases[STAGES - 1], head, rank);
+    Tasks<OUT> tasks2(map.biases[STAGES - 1], head, rank);
     load_slice<IN, HIDDEN0>(weights, map.weights[0], head, rank);
     asm volatile("cp.async.commit_group;");
     if constexpr (HIDDEN1 > 0) load_slice<HIDDEN0, HIDDEN1>(slice1, map.weights[1], head, rank);
-    load_slice<LAST, BITS>(slice2, map.weights[STAGES - 1], head, rank);
+    load_slice<LAST, OUT>(slice2, map.weights[STAGES - 1], head, rank);
     asm volatile("cp.async.commit_group;");
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     MARK(1);
@@ -187,8 +188,8 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
         cluster.sync();
         MARK(6);
     }
-    products<2, LAST, BITS>(HIDDEN1 ? inputs : hidden, slice2, tasks2, rank, [&](int row, int column, float low, float high) {
-        *reinterpret_cast<float2*>(cluster.map_shared_rank(logits, row / SHARE) + row % SHARE * BITS + column) = make_float2(low, high);
+    products<2, LAST, OUT>(HIDDEN1 ? inputs : hidden, slice2, tasks2, rank, [&](int row, int column, float low, float high) {
+        *reinterpret_cast<float2*>(cluster.map_shared_rank(logits, row / SHARE) + row % SHARE * OUT + column) = make_float2(low, high);
     });
     MARK(7);
     cluster.sync();
@@ -198,8 +199,8 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     for (int i = threadIdx.x >> 5; i < SHARE; i += WARPS) {
         int request = first + rank * SHARE + i;
         if (request >= a.batch) break;
-        if (KEY) write_signature(a, logits + i * BITS, request, head);
-        else quantise(logits + i * BITS, a.planes + (int64_t(request) * a.query.heads + head) * (PLANES + 1) * WORDS);
+        if (KEY) write_signature(a, logits + i * OUT, request, head);
+        else quantise(logits + i * OUT, a.planes + (int64_t(request) * a.query.heads + head) * MIXED * CODE);
     }
 }
 

@@ -25,20 +25,20 @@ struct Workspace {
     float* sums;      // partial sums of one stage: SUMS
     float* hidden;    // OWN0, then OWN_LAST: this block's entries of the hidden layers
     float* received;  // HIDDEN1: every block's sums of this block's columns
-    float* logits;    // BLOCKS * BITS: every block's sums of all logits; the first BITS become the logits
-    static constexpr int SUMS = 4096, ENTRIES = SUMS + 128 + HIDDEN1 + BLOCKS * BITS;
+    float* logits;    // BLOCKS * COLUMNS: every block's sums of all logits; the first COLUMNS become the logits
+    static constexpr int SUMS = 4096, ENTRIES = SUMS + 128 + HIDDEN1 + BLOCKS * COLUMNS;
 
     __device__ explicit Workspace(float* base) : sums(base), hidden(sums + SUMS), received(hidden + 128), logits(received + HIDDEN1) {}
 };
 
-// One code of one row: a thread's weights in registers, and what it does with them between the cluster's barriers.
-template <int IN>
+// The codes of one row, OUT entries: a thread's weights in registers, and what it does with them between the cluster's barriers.
+template <int IN, int OUT>
 struct Encoder {
     static constexpr int SEGMENTS0 = OWN0 / 8, AT_ONCE0 = THREADS / SEGMENTS0, EACH0 = (IN + AT_ONCE0 - 1) / AT_ONCE0;
     static constexpr int LANES1 = HIDDEN1 ? HIDDEN1 / 8 : 1, AT_ONCE1 = THREADS / LANES1, EACH1 = HIDDEN1 ? (OWN0 + AT_ONCE1 - 1) / AT_ONCE1 : 1;
-    static constexpr int LANES2 = BITS / 8, AT_ONCE2 = THREADS / LANES2, EACH2 = (OWN_LAST + AT_ONCE2 - 1) / AT_ONCE2;
+    static constexpr int LANES2 = OUT / 8, AT_ONCE2 = THREADS / LANES2, EACH2 = (OWN_LAST + AT_ONCE2 - 1) / AT_ONCE2;
     static constexpr int GROUPS1 = OWN0 < AT_ONCE1 ? OWN0 : AT_ONCE1, GROUPS2 = OWN_LAST < AT_ONCE2 ? OWN_LAST : AT_ONCE2;
-    static_assert(OWN0 % 8 == 0 && OWN0 <= 64 && OWN1 <= 64 && GROUPS1 * HIDDEN1 <= Workspace::SUMS && GROUPS2 * BITS <= Workspace::SUMS && THREADS >= HIDDEN0 && THREADS >= HIDDEN1, "too wide");
+    static_assert(OWN0 % 8 == 0 && OWN0 <= 64 && OWN1 <= 64 && GROUPS1 * HIDDEN1 <= Workspace::SUMS && GROUPS2 * OUT <= Workspace::SUMS && OUT <= THREADS && THREADS >= HIDDEN0 && THREADS >= HIDDEN1, "too wide");
     uint4 weights0[EACH0], weights1[EACH1], weights2[EACH2];
     Short x[EACH0];
     float bias0, bias1, bias2;
@@ -61,16 +61,16 @@ struct Encoder {
                 weights1[i] = row < OWN0 ? load_weights(w1 + row * HIDDEN1) : make_uint4(0, 0, 0, 0);
             }
         }
-        const Short* w2 = static_cast<const Short*>(map.weights[STAGES - 1]) + (int64_t(head) * LAST + rank * OWN_LAST) * BITS + threadIdx.x % LANES2 * 8;
+        const Short* w2 = static_cast<const Short*>(map.weights[STAGES - 1]) + (int64_t(head) * LAST + rank * OWN_LAST) * OUT + threadIdx.x % LANES2 * 8;
 #pragma unroll
         for (int i = 0; i < EACH2; i++) {
             int row = threadIdx.x / LANES2 + i * AT_ONCE2;
-            weights2[i] = row < OWN_LAST ? load_weights(w2 + row * BITS) : make_uint4(0, 0, 0, 0);
+            weights2[i] = row < OWN_LAST ? load_weights(w2 + row * OUT) : make_uint4(0, 0, 0, 0);
         }
         auto bias = [&](int stage, int width, int column) { return static_cast<const float*>(map.biases[stage])[int64_t(head) * width + column]; };
         bias0 = threadIdx.x < OWN0 ? bias(0, HIDDEN0, rank * OWN0 + threadIdx.x) : 0;
         bias1 = HIDDEN1 && threadIdx.x < OWN1 ? bias(1, HIDDEN1, rank * OWN1 + threadIdx.x) : 0;
-        bias2 = threadIdx.x < BITS ? bias(STAGES - 1, BITS, threadIdx.x) : 0;
+        bias2 = threadIdx.x < OUT ? bias(STAGES - 1, OUT, threadIdx.x) : 0;
     }
 
     // Every warp's sums of the first stage: sums[warp][OWN0].
@@ -146,20 +146,23 @@ struct Encoder {
 
     // Hand this block's sums of every logit to every block.
     __device__ __forceinline__ void share_last(cg::cluster_group& cluster, Workspace& s) const {
-        constexpr int PARTS = THREADS / BITS;
-        int column = threadIdx.x % BITS;
+        constexpr int PARTS = THREADS / OUT;
+        int column = threadIdx.x % OUT;
+        if constexpr (THREADS % OUT > 0) {
+            if (threadIdx.x >= PARTS * OUT) return;
+        }
         float total = 0;
 #pragma unroll
-        for (int g = 0; g < GROUPS2; g++) total += s.sums[g * BITS + column];
+        for (int g = 0; g < GROUPS2; g++) total += s.sums[g * OUT + column];
 #pragma unroll
-        for (int to = threadIdx.x / BITS; to < BLOCKS; to += PARTS) cluster.map_shared_rank(s.logits, to)[cluster.block_rank() * BITS + column] = total;
+        for (int to = threadIdx.x / OUT; to < BLOCKS; to += PARTS) cluster.map_shared_rank(s.logits, to)[cluster.block_rank() * OUT + column] = total;
     }
 
     __device__ __forceinline__ void finish_last(Workspace& s) const {
-        if (threadIdx.x >= BITS) return;
+        if (threadIdx.x >= OUT) return;
         float total = bias2;
 #pragma unroll
-        for (int j = 0; j < BLOCKS; j++) total += s.logits[j * BITS + threadIdx.x];
+        for (int j = 0; j < BLOCKS; j++) total += s.logits[j * OUT + threadIdx.x];
         s.logits[threadIdx.x] = total;
     }
 };

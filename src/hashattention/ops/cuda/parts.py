@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hashattention.ops.cuda.step import launch
+from hashattention.ops.shapes import mixture_of
 
 
 def score_select(
@@ -31,6 +32,7 @@ def score_select(
     launch(
         1, heads=heads, batch=batch, capacity=capacity, bits=bits, levels=levels, tokens=tokens,
         tensors={"planes": code.contiguous(), **rows, **caches, "indices": indices, "counts": counts},
+        mixture=mixture_of(code, bits // 32),
     )  # fmt: skip
     return indices, counts
 

@@ -19,7 +19,7 @@ struct Code {
     uint32_t sign[WORDS];
     uint32_t columns[PRODUCTS][LOADS][2];
 
-    __device__ explicit Code(const uint32_t* planes) {
+    __device__ __forceinline__ void load(const uint32_t* planes) {
         int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
 #pragma unroll
         for (int w = 0; w < WORDS; w++) sign[w] = planes[w];
@@ -34,7 +34,7 @@ struct Code {
         }
     }
 
-    // Scores of a lane's tokens.
+    // Weights that match a lane's tokens.
     __device__ __forceinline__ void match(const uint4 (&key)[LOADS], int (&score)[TOKENS]) const {
 #pragma unroll
         for (int m = 0; m < PRODUCTS; m++) {
@@ -61,13 +61,31 @@ struct Code {
     }
 };
 
-// The largest score a row's code can give.
-__device__ __forceinline__ int largest_score(const uint32_t* planes) {
+// The sum of a code's magnitudes.
+__device__ __forceinline__ int sum_weights(const uint32_t* planes) {
     int sum = 0;
 #pragma unroll
     for (int i = 0; i < PLANES * WORDS; i++) sum += __popc(planes[WORDS + i]) << i / WORDS;
     return sum;
 }
+
+// The largest of a row's codes.
+__device__ __forceinline__ int largest_sum(const uint32_t* planes) {
+    int largest = sum_weights(planes);
+#pragma unroll
+    for (int c = 1; c < MIXED; c++) largest = max(largest, sum_weights(planes + c * CODE));
+    return largest;
+}
+
+// Scores are counted from 0: of one code the weights that match; of a mixture, where codes differ in their sums, twice these and
+// what the code's sum lacks of the largest, which is the product of code and signs + that largest sum.
+constexpr int SCALE = MIXED > 1 ? 2 : 1;
+
+// The largest score a row's codes can give.
+__device__ __forceinline__ int largest_score(const uint32_t* planes) { return SCALE * largest_sum(planes); }
+
+// What is added to a code's weights that match, times SCALE.
+__device__ __forceinline__ int raise_of(const uint32_t* planes, int c) { return MIXED > 1 ? largest_sum(planes) - sum_weights(planes + c * CODE) : 0; }
 
 // Ask the L2 for the first of this block's signatures: as many as it can keep for all blocks at once.
 __device__ __forceinline__ void prefetch(const Arguments& a, const Row& row, int first, int segment, int request, int head) {
@@ -134,8 +152,14 @@ __device__ __forceinline__ void score(const Arguments& a, Shared& s, const Row& 
     constexpr int TOGETHER = 4;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     int limit = min(row.local_begin, first + segment);
-    uint32_t lift = __byte_perm(-base, -base, 0x5410);
-    Code code(s.planes);
+    uint32_t lift[MIXED];
+    Code code[MIXED];
+#pragma unroll
+    for (int c = 0; c < MIXED; c++) {
+        int by = raise_of(s.planes, c) - base;
+        lift[c] = __byte_perm(by, by, 0x5410);
+        code[c].load(s.planes + c * CODE);
+    }
     int chunks = (max(0, limit - first) + CHUNK - 1) / CHUNK;
     for (int begin = warp; begin < chunks; begin += WARPS * UNROLL) {
         if (!AHEAD || !loaded) load_keys(a, row, first, segment, request, head, begin, key);
@@ -147,10 +171,18 @@ __device__ __forceinline__ void score(const Arguments& a, Shared& s, const Row& 
             uint32_t entry[TOGETHER][PAIRS];
 #pragma unroll
             for (int u = 0; u < TOGETHER; u++) {
-                int found[TOKENS];
-                code.match(key[v + u], found);
 #pragma unroll
-                for (int t = 0; t < PAIRS; t++) entry[u][t] = __viaddmin_s16x2_relu(__byte_perm(found[2 * t], found[2 * t + 1], 0x5410), lift, 0x007f007f);
+                for (int c = 0; c < MIXED; c++) {
+                    int found[TOKENS];
+                    code[c].match(key[v + u], found);
+#pragma unroll
+                    for (int t = 0; t < PAIRS; t++) {
+                        // At most 2045 each.
+                        uint32_t both = __byte_perm(found[2 * t], found[2 * t + 1], 0x5410) * SCALE;
+                        uint32_t one = __viaddmin_s16x2_relu(both, lift[c], 0x007f007f);
+                        entry[u][t] = c ? __vmaxs2(entry[u][t], one) : one;
+                    }
+                }
             }
             int token = first + (begin + v * WARPS) * CHUNK;
             if (token < row.sink_stop || token + ((TOGETHER - 1) * WARPS + 1) * CHUNK > limit) {
@@ -181,9 +213,13 @@ __device__ __forceinline__ void score(const Arguments& a, Shared& s, const Row& 
 // The newest token's entry, where it is a candidate: its signature is made by this very launch, so no load may look for it.
 __device__ void score_newest(Shared& s, int offset, int base) {
     if (threadIdx.x) return;
-    int sum = -base;
-    for (int i = 0; i < PLANES * WORDS; i++) sum += __popc(s.planes[WORDS + i] & (s.newest()[i % WORDS] ^ s.planes[i % WORDS])) << i / WORDS;
-    int entry = max(0, min(BINS - 1, sum));
+    int entry = 0;
+    for (int c = 0; c < MIXED; c++) {
+        const uint32_t* planes = s.planes + c * CODE;
+        int sum = raise_of(s.planes, c) - base;
+        for (int i = 0; i < PLANES * WORDS; i++) sum += SCALE * __popc(planes[WORDS + i] & (s.newest()[i % WORDS] ^ planes[i % WORDS])) << i / WORDS;
+        entry = max(entry, min(BINS - 1, sum));
+    }
     s.scores()[offset] = entry;
     if (entry) s.counts[entry]++;
 }

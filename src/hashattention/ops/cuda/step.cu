@@ -10,7 +10,7 @@
 template <typename Early>
 __device__ __forceinline__ void encode_query(cg::cluster_group& cluster, const Arguments& a, Shared& s, int request, int head, Early early) {
     Workspace work(s.scratch());
-    Encoder<ROWS * HEAD_DIM> query;
+    Encoder<ROWS * HEAD_DIM, COLUMNS> query;
     query.load(a.query, request * a.q0 + int64_t(head) * ROWS * HEAD_DIM, head, cluster.block_rank());
     early();
     MARK(1);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
             // The code comes from a launch that may still run.
             if (MODE == 0) cudaGridDependencySynchronize();
             if (MODE == 1 && threadIdx.x < 32) read_code(a.planes, row_id, s.planes);
-            if (MODE == 0 && threadIdx.x < (PLANES + 1) * WORDS) s.planes[threadIdx.x] = __ldcg(a.planes + row_id * (PLANES + 1) * WORDS + threadIdx.x);
+            if (MODE == 0 && threadIdx.x < MIXED * CODE) s.planes[threadIdx.x] = __ldcg(a.planes + row_id * MIXED * CODE + threadIdx.x);
             __syncthreads();
         }
         MARK(6);

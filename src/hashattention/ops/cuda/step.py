@@ -159,9 +159,11 @@ def fit(
     outputs: int,
     workspace: int = 0,
     wide: bool = False,
+    mixture: int = 1,
 ) -> Shape | None:
-    """The shape for `rows` rows of `tokens` tokens of which `capacity` are taken, `outputs` numbers a row and
-    `workspace` floats for the encoding; None if a block's shared memory is too small. `Shared` of common.cuh.
+    """The shape for `rows` rows of `tokens` tokens of which `capacity` are taken, `outputs` numbers a row, `workspace`
+    floats for the encoding and queries of `mixture` codes; None if a block's shared memory is too small. `Shared` of
+    common.cuh.
     """
     segment = math.ceil(tokens / (blocks * 128)) * 128
     # A list of wide.cu may be filled up to a whole turn of the gather.
@@ -169,15 +171,16 @@ def fit(
     slots = math.ceil(math.ceil(capacity / blocks) / turn) * turn
     parts = 0 if mode == 1 else threads // 32 * (outputs + 16) * 4
     rest = max(segment, parts, workspace * 4)
-    shared = blocks * (128 * 2 + 64) + 128 * 4 + 256 + outputs * 4 + slots * 4 + rest
+    shared = blocks * (128 * 2 + 64) + 128 * 4 + 128 + 128 * mixture + outputs * 4 + slots * 4 + rest
     resident = residents(mode, threads, blocks, rows)
     fits = (shared + BLOCK_BYTES) * resident <= SHARED_BYTES and segment <= 1 << 16
     return Shape(threads, blocks, resident, slots, shared, wide) if fits else None
 
 
-def choose(mode: int, rows: int, tokens: int, capacity: int, outputs: int) -> Shape | None:
+def choose(mode: int, rows: int, tokens: int, capacity: int, outputs: int, mixture: int = 1) -> Shape | None:
     """The fewest blocks a row that fill the chip; None if a row is too long for any."""
-    shapes = [shape for pair in SHAPES if (shape := fit(mode, *pair, rows, tokens, capacity, outputs))]
+    fits = (fit(mode, *pair, rows, tokens, capacity, outputs, mixture=mixture) for pair in SHAPES)
+    shapes = [shape for shape in fits if shape]
     filling = [s for s in shapes if rows * s.blocks >= FULL]
     return filling[-1] if filling else shapes[0] if shapes else None
 
@@ -204,18 +207,20 @@ def choose_fused(
     bits: int,
     head_dim: int,
     processors: int = PROCESSORS,
+    mixture: int = 1,
 ) -> Shape | None:
     """The shape in which the step encodes by itself, whatever the number of rows; None if they are too long."""
-    if tokens >= WIDE_SLOTS and batch * heads * WIDE_BLOCKS <= processors and hidden[0] <= 256 and not hidden[1]:
+    alone = batch * heads * WIDE_BLOCKS <= processors
+    if tokens >= WIDE_SLOTS and alone and hidden[0] <= 256 and not hidden[1] and mixture == 1:
         workspace = 2 * _query_workspace(hidden, bits, WIDE_BLOCKS)
         shape = fit(3, WIDE_THREADS, WIDE_BLOCKS, 1, tokens, capacity, outputs, workspace, wide=True)
         if shape:
             return shape
     few = 384 if tokens >= MORE_THREADS_SLOTS else 256
     threads, blocks = 512 if max(hidden) > 256 else few, 8
-    workspace = _workspace(hidden, bits, threads, blocks, head_dim)
+    workspace = _workspace(hidden, bits, threads, blocks, head_dim, mixture)
     clusters = batch * (heads + math.ceil(heads / blocks))
-    return fit(3, threads, blocks, clusters, tokens, capacity, outputs, workspace)
+    return fit(3, threads, blocks, clusters, tokens, capacity, outputs, workspace, mixture=mixture)
 
 
 @functools.cache
@@ -224,15 +229,16 @@ def count_processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def encode_blocks(query_in: int, key_in: int, hidden: list[int], bits: int) -> int | None:
+def encode_blocks(query_in: int, key_in: int, hidden: list[int], bits: int, mixture: int = 1) -> int | None:
     """Blocks of a cluster of encode.cu: the fewest whose slices of these widths fit their shared memory, or None."""
+    columns = bits * mixture
     first, second = hidden[0], hidden[1] if len(hidden) > 1 else 0
     widest = max(query_in, key_in)
     if any(width % 64 for width in (query_in, key_in, *hidden)):
         return None
     for blocks in (4, 8):
-        weights = (widest * first + first * second + hidden[-1] * bits) // blocks * 2
-        held = weights + 64 * max(widest, 2 * second) + 128 * first + 32 // blocks * bits * 4
+        weights = (widest * first + first * second + hidden[-1] * columns) // blocks * 2
+        held = weights + 64 * max(widest, 2 * second) + 128 * first + 32 // blocks * columns * 4
         if held <= SHARED_BYTES - BLOCK_BYTES and bits % (8 * blocks) == 0:
             return blocks
     return None
@@ -247,16 +253,17 @@ def encode(
     new_key: tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor | None] | None = None,
     early: bool = False,
 ) -> None:
-    """Queries ``[B, H, 1, in]`` to bit planes, and, if given, the new key (k, weights, biases, cache, end, block table)
-    to its signature. `early`: the step after it may start on what multiprocessors this launch leaves free.
+    """Queries ``[B, H, 1, in]`` to bit `planes` ``[B, H, M, P, W]`` of M codes, and, if given, the new key (k, weights,
+    biases, cache, end, block table) to its signature. `early`: the step after it may start on what multiprocessors this
+    launch leaves free.
     """
     hidden = [w.shape[-1] for w in weights[:-1]]
-    bits, query_in = weights[-1].shape[-1], weights[0].shape[1]
+    mixture, bits, query_in = planes.shape[2], planes.shape[4] * 32, weights[0].shape[1]
     key_in = new_key[1][0].shape[1] if new_key else 0
-    blocks, tile = encode_blocks(query_in, key_in, hidden, bits), 16 if q.shape[0] <= 16 else 32
+    blocks, tile = encode_blocks(query_in, key_in, hidden, bits, mixture), 16 if q.shape[0] <= 16 else 32
     library = load(
         "encode", QUERY_IN=query_in, KEY_IN=key_in, HIDDEN0=hidden[0], HIDDEN1=hidden[1] if len(hidden) > 1 else 0,
-        LEVELS=levels, PLANES=planes_of(levels), WORDS=bits // 32, HALF=int(q.dtype == torch.float16),
+        LEVELS=levels, PLANES=planes_of(levels), WORDS=bits // 32, MIXED=mixture, HALF=int(q.dtype == torch.float16),
         TILE=tile, THREADS=tile * 16, BLOCKS=blocks, HEAD_DIM=64, ROWS=1, PAGED=0, MODE=0, RESIDENT=1,
     )  # fmt: skip
     arguments = Encode(query=describe(q, weights, biases), planes=planes.data_ptr(), batch=q.shape[0], early=int(early))
@@ -271,7 +278,9 @@ def encode(
     _check(library.run(ctypes.byref(arguments), int(new_key is not None), POINTER(stream)), "encode")
 
 
-def fuses(q: Tensor, heads: int, weights: list[Tensor], new_key: list[Tensor] | None) -> tuple[int, int] | None:
+def fuses(
+    q: Tensor, heads: int, weights: list[Tensor], new_key: list[Tensor] | None, mixture: int = 1
+) -> tuple[int, int] | None:
     """Widths of the hidden layers if the step can encode by itself, else None."""
     hidden = [w.shape[-1] for w in weights[:-1]]
     if len(hidden) not in (1, 2) or any(width not in (128, 256, 512) for width in hidden):
@@ -280,7 +289,7 @@ def fuses(q: Tensor, heads: int, weights: list[Tensor], new_key: list[Tensor] | 
         return None
     if new_key is not None:
         widths = [w.shape[-1] for w in new_key]
-        if widths != [w.shape[-1] for w in weights] or new_key[0].shape[:2] != (heads, q.shape[-1]):
+        if widths != [*hidden, weights[-1].shape[-1] // mixture] or new_key[0].shape[:2] != (heads, q.shape[-1]):
             return None
     return hidden[0], hidden[1] if len(hidden) == 2 else 0
 
@@ -300,10 +309,11 @@ def launch(
     shape: tuple[int, int] | Shape | None = None,
     hidden: tuple[int, int] = (0, 0),
     maps: tuple[Map, Map] | None = None,
+    mixture: int = 1,
 ) -> None:
     """Launch step.cu, or wide.cu if the shape is, on named tensors; mode 0: the whole step, 1: select only, 2: attend
     only, 3: the whole step with the encoding by `maps` of these `hidden` widths, in the `shape` of `choose_fused`.
-    `shape` forces (threads, blocks).
+    `shape` forces (threads, blocks); a query is a `mixture` of so many codes.
     """
     q, k, v, signatures, table = (tensors.get(name) for name in ("q", "k", "v", "signatures", "table"))
     rows, held, taken = heads * batch, tokens if mode != 2 else 0, capacity if mode != 1 else 4
@@ -311,10 +321,12 @@ def launch(
     if isinstance(shape, Shape):
         chosen: Shape | None = shape
     else:
-        chosen = fit(mode, *shape, rows, held, taken, outputs) if shape else choose(mode, rows, held, taken, outputs)
+        sizes = rows, held, taken, outputs
+        chosen = fit(mode, *shape, *sizes, mixture=mixture) if shape else choose(mode, *sizes, mixture)
     if chosen is None:
         raise BackendError(f"{tokens} tokens a row do not fit the shared memory of a cluster. Use backend='triton'.")
-    library = load_step(mode, chosen, q, heads, bits, levels, table is not None, hidden if mode == 3 else (0, 0))
+    widths = hidden if mode == 3 else (0, 0)
+    library = load_step(mode, chosen, q, heads, bits, levels, table is not None, widths, mixture)
     arguments = Step(**{name: _pointer(tensor) for name, tensor in tensors.items()})
     if signatures is not None:
         arguments.s0, arguments.s1 = signatures.stride(0), signatures.stride(1)
@@ -341,22 +353,30 @@ def launch(
 
 
 def load_step(
-    mode: int, shape: Shape, q: Tensor | None, heads: int, bits: int, levels: int, paged: bool, hidden: tuple[int, int]
+    mode: int,
+    shape: Shape,
+    q: Tensor | None,
+    heads: int,
+    bits: int,
+    levels: int,
+    paged: bool,
+    hidden: tuple[int, int],
+    mixture: int = 1,
 ) -> ctypes.CDLL:
     """The step compiled for one mode and shape."""
     return load(
         "wide" if shape.wide else "step",
         HEAD_DIM=64 if q is None else q.shape[-1], ROWS=1 if q is None else q.shape[1] // heads,
-        WORDS=bits // 32, PLANES=planes_of(levels), LEVELS=levels, PAGED=int(paged),
+        WORDS=bits // 32, PLANES=planes_of(levels), LEVELS=levels, MIXED=mixture, PAGED=int(paged),
         HALF=int(q is not None and q.dtype == torch.float16), HIDDEN0=hidden[0], HIDDEN1=hidden[1],
         MODE=mode, THREADS=shape.threads, BLOCKS=shape.blocks, RESIDENT=shape.resident,
     )  # fmt: skip
 
 
-def _workspace(hidden: tuple[int, int], bits: int, threads: int, blocks: int, head_dim: int) -> int:
+def _workspace(hidden: tuple[int, int], bits: int, threads: int, blocks: int, head_dim: int, mixture: int) -> int:
     """Floats of shared memory that encoding takes: a query's (`Workspace` of encode_one.cuh) or a key's."""
-    return max(_query_workspace(hidden, bits, blocks), threads * 8 + head_dim + sum(hidden) + bits)
+    return max(_query_workspace(hidden, bits * mixture, blocks), threads * 8 + head_dim + sum(hidden) + bits)
 
 
-def _query_workspace(hidden: tuple[int, int], bits: int, blocks: int) -> int:
-    return 4096 + 128 + hidden[1] + blocks * bits
+def _query_workspace(hidden: tuple[int, int], columns: int, blocks: int) -> int:
+    return 4096 + 128 + hidden[1] + blocks * columns

@@ -7,7 +7,7 @@
 #include "score.cuh"
 #include "select.cuh"
 
-static_assert(MODE == 3 && HIDDEN1 == 0, "the whole step, one hidden layer");
+static_assert(MODE == 3 && HIDDEN1 == 0 && MIXED == 1, "the whole step, one hidden layer, one code");
 constexpr int COVERED = UNROLL * WARPS * CHUNK;     // tokens whose signatures wait in registers
 
 // Lane i's entries of a code: columns i, i + 32, ...
@@ -54,8 +54,8 @@ __device__ __forceinline__ uint64_t encode_wide(const Arguments& a, Shared& s, c
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     bool has_key = a.key.x != nullptr;
     uint64_t launches = 0;
-    Encoder<ROWS * HEAD_DIM> query;
-    Encoder<HEAD_DIM> key;
+    Encoder<ROWS * HEAD_DIM, BITS> query;
+    Encoder<HEAD_DIM, BITS> key;
     Workspace work(s.scratch()), key_work(s.scratch() + Workspace::ENTRIES);
     query.load(a.query, request * a.q0 + int64_t(head) * ROWS * HEAD_DIM, head, rank);
     // One thread reads it, before the first barrier: when its value is written again, nobody can still be about to read it.
