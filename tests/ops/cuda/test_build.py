@@ -63,7 +63,7 @@ def test_blocks_that_wait_for_each_other_need_a_multiprocessor_each():
 def test_all_kernels_compile_for_sm_90(monkeypatch, tmp_path):
     """No GPU is needed to compile and to load the library."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shape = {"HIDDEN0": 256, "HIDDEN1": 256, "WORDS": 2, "LEVELS": 7, "PLANES": 3, "HALF": 0, "PAGED": 0}
+    shape = {"HIDDEN0": 256, "HIDDEN1": 256, "WORDS": 2, "LEVELS": 7, "PLANES": 3, "MIXED": 1, "HALF": 0, "PAGED": 0}
     sizes = {"THREADS": 256, "BLOCKS": 8, "RESIDENT": 2}
     build.load("encode", QUERY_IN=512, KEY_IN=128, HEAD_DIM=64, ROWS=1, MODE=0, TILE=16, **shape, **sizes)
     step_library = build.load("step", HEAD_DIM=128, ROWS=4, MODE=3, **shape, **sizes)
