@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.ops.cuda.test_step import case, expected, maps, page
+from tests.ops.cuda.test_step import check, expected, maps, page
+from tests.ops.cuda.test_step import make as draw
 
 from hashattention import ops
 from hashattention.errors import BackendError
@@ -47,17 +48,8 @@ def draw_keys(kind, codes, signatures):
         signatures.copy_((~own if kind == "against" else own) ^ (noise[0] & noise[1] & noise[2]))
 
 
-def make(batch=1, tokens=4096, *, mixture=2, hidden=(256,), full=False, **options):
-    """As `case`; `full`: no row is ragged."""
-    torch.manual_seed(tokens + batch)
-    made = case(batch, tokens, hidden=hidden, mixture=mixture, **options)
-    made["biases"] = [b.float() for b in made["biases"]]
-    if full:
-        made["start"].zero_()
-        made["end"].fill_(tokens)
-        for cache in (made["k"], made["v"]):
-            cache.normal_()
-    return made
+def make(batch=1, tokens=4096, *, mixture=2, **options):
+    return draw(batch, tokens, mixture=mixture, seed=tokens + batch, **options)
 
 
 def fix_codes(made, codes):
@@ -76,17 +68,6 @@ def redraw_queries(made):
             return
         made["q"][near] = torch.randn_like(made["q"][near])
     raise AssertionError("no such queries")
-
-
-def check(made):
-    """Twice the same bits, the reference's selection (another set of tokens has another sum), and its attention."""
-    out, logsumexp = ops.decode(**made, backend="cuda")
-    again, _ = ops.decode(**made, backend="cuda")
-    wanted, wanted_lse = expected(made)
-    assert torch.equal(out, again), "two runs differ"
-    torch.testing.assert_close(logsumexp, wanted_lse, atol=1e-4, rtol=1e-5)
-    plain = (wanted.to(out.dtype).float() - wanted).norm()
-    assert (out.float() - wanted).norm() <= 2 * plain
 
 
 @pytest.mark.gpu

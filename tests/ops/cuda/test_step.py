@@ -77,6 +77,31 @@ def expected(made):
     return reference.attend(*exact, indices, counts, made["scale"], 0.0, made.get("block_table"))
 
 
+def make(batch=1, tokens=4096, *, hidden=(256,), full=False, seed=None, **options):
+    """As `case`, with float32 biases; `full`: no row is ragged."""
+    torch.manual_seed(tokens if seed is None else seed)
+    made = case(batch, tokens, hidden=hidden, **options)
+    made["biases"] = [b.float() for b in made["biases"]]
+    if full:
+        made["start"].zero_()
+        made["end"].fill_(tokens)
+        for cache in (made["k"], made["v"]):
+            cache.normal_()
+    return made
+
+
+def check(made):
+    """Twice the same bits, and the reference's selection and attention."""
+    out, logsumexp = ops.decode(**made, backend="cuda")
+    again, _ = ops.decode(**made, backend="cuda")
+    wanted, wanted_lse = expected(made)
+    assert torch.equal(out, again), "two runs differ"
+    # Another set of tokens has another sum.
+    torch.testing.assert_close(logsumexp, wanted_lse, atol=1e-4, rtol=1e-5)
+    plain = (wanted.to(out.dtype).float() - wanted).norm()
+    assert (out.float() - wanted).norm() <= 2 * plain
+
+
 CASES = [
     (case, {"batch": 2, "tokens": 4104}),
     (case, {"batch": 5, "tokens": 9000}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.ops.cuda.test_step import case, expected, maps, page
+from tests.ops.cuda.test_step import check, expected, make, maps, page
 
 from hashattention import ops
 from hashattention.ops import reference
@@ -21,31 +21,6 @@ def only_wide(monkeypatch):
     monkeypatch.setattr(step, "load", lambda name, **constants: (loaded.add(name), load(name, **constants))[1])
     yield
     assert loaded == {"wide"}
-
-
-def make(batch=1, tokens=4096, *, hidden=(256,), full=False, **options):
-    """As `case`; `full`: no row is ragged."""
-    torch.manual_seed(tokens)
-    made = case(batch, tokens, hidden=hidden, **options)
-    made["biases"] = [b.float() for b in made["biases"]]
-    if full:
-        made["start"].zero_()
-        made["end"].fill_(tokens)
-        for cache in (made["k"], made["v"]):
-            cache.normal_()
-    return made
-
-
-def check(made):
-    """Twice the same bits, and the reference's selection and attention."""
-    out, logsumexp = ops.decode(**made, backend="cuda")
-    again, _ = ops.decode(**made, backend="cuda")
-    wanted, wanted_lse = expected(made)
-    assert torch.equal(out, again), "two runs differ"
-    # Another set of tokens has another sum.
-    torch.testing.assert_close(logsumexp, wanted_lse, atol=1e-4, rtol=1e-5)
-    plain = (wanted.to(out.dtype).float() - wanted).norm()
-    assert (out.float() - wanted).norm() <= 2 * plain
 
 
 @pytest.mark.parametrize(
