@@ -53,6 +53,10 @@ class TokenCache:
         """Entries held under `name`: tokens, or pages of `stride` tokens."""
         return self._lengths.get(name, 0)
 
+    def held(self, name: Hashable) -> Tensor:
+        """All entries held under `name`, of which there must be some, ``[B, H, length, ...]``."""
+        return self._buffers[name][:, :, : self._lengths[name]]
+
     def extend(self, name: Hashable, tokens: int, make: Callable[[int], Tensor], stride: int = 1) -> Tensor:
         """The tensor under `name` for the first `tokens` tokens; ``make(first)`` gives those from `first` on if some
         lack. An entry may stand for a page of `stride` tokens: a crop keeps the pages that are still whole.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 from typing import Any
 
@@ -113,6 +114,9 @@ class HashMaps(nn.Module):
     temperatures : tuple of tuple of float, optional
         For each layer and index set, what a score is multiplied with so that its softmax is closest to the attention
         (`train.temperatures`); budgets with a `top_p` or `threshold` need them.
+    remainder : tuple of tuple of tuple of float, optional
+        For each layer and query head the three coefficients by which the mean value stands for the tokens left out
+        (`ops.add_remainder`, `train.remainder`).
 
     Examples
     --------
@@ -129,6 +133,7 @@ class HashMaps(nn.Module):
         training: dict[str, Any] | None = None,
         shares: tuple[tuple[float, ...], ...] | None = None,
         temperatures: tuple[tuple[float, ...], ...] | None = None,
+        remainder: tuple[tuple[tuple[float, ...], ...], ...] | None = None,
     ) -> None:
         super().__init__()
         check_rotation(config, model)
@@ -136,6 +141,8 @@ class HashMaps(nn.Module):
         size = len(model.layers), config.selection_heads(model)
         self.shares = None if shares is None else check_shares(shares, *size)
         self.temperatures = None if temperatures is None else check_temperatures(temperatures, *size)
+        heads = size[0], model.num_attention_heads
+        self.remainder = None if remainder is None else check_remainder(remainder, *heads)
         group = model.group_size if config.query_input == "group" else 1
         query = group * model.head_dim, *config.hidden_of_queries, config.code_bits
         self.query = Mlp(len(model.layers), config.code_heads(model), query)
@@ -189,6 +196,8 @@ class HashMaps(nn.Module):
             config["shares"] = self.shares
         if self.temperatures is not None:
             config["temperatures"] = self.temperatures
+        if self.remainder is not None:
+            config["remainder"] = self.remainder
         artifact.write(folder, config, artifact.pack(self.state_dict(), dtype))
 
     @classmethod
@@ -207,7 +216,7 @@ class HashMaps(nn.Module):
         where = str(folder / artifact.CONFIG_FILE)
         base = from_mapping(BaseModel, config.get("base_model", {}), f"{where}: base_model")
         kind = from_mapping(MapsConfig, config.get("maps", {}), f"{where}: maps")
-        maps = cls(kind, base, config.get("training"), config.get("shares"), config.get("temperatures"))
+        maps = cls(kind, base, *(config.get(name) for name in ("training", "shares", "temperatures", "remainder")))
         maps._load_tensors(tensors, str(folder / artifact.WEIGHTS_FILE))
         if model is not None:
             maps.check_model(model)
@@ -266,14 +275,30 @@ def check_temperatures(temperatures: Any, layers: int, selection_heads: int) -> 
     return found
 
 
-def _table(name: str, given: Any, layers: int, selection_heads: int) -> tuple[tuple[float, ...], ...]:
+def check_remainder(remainder: Any, layers: int, query_heads: int) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    """Coefficients of the remainder as floats, three a layer and query head.
+
+    Raises
+    ------
+    ConfigError
+        For another number of them, or one that is not finite.
+    """
+    if not isinstance(remainder, (list, tuple)) or len(remainder) != layers:
+        given = len(remainder) if isinstance(remainder, (list, tuple)) else repr(remainder)
+        raise ConfigError(f"remainder must hold {layers} layers of {query_heads} times 3 numbers; given {given}.")
+    found = tuple(_table("remainder", layer, query_heads, 3, "query heads") for layer in remainder)
+    bad = [one for layer in found for row in layer for one in row if not math.isfinite(one)]
+    if bad:
+        raise ConfigError(f"the remainder's coefficients must be finite; given {bad[0]!r}. Train the maps again.")
+    return found
+
+
+def _table(name: str, given: Any, rows: int, columns: int, unit: str = "layers") -> tuple[tuple[float, ...], ...]:
     try:
         found = tuple(tuple(float(one) for one in row) for row in given)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} must be a list of numbers for each layer; {error}.") from error
-    if len(found) != layers or any(len(row) != selection_heads for row in found):
+        raise ConfigError(f"{name} must be a list of numbers for each of the {unit}; {error}.") from error
+    if len(found) != rows or any(len(row) != columns for row in found):
         sizes = sorted({len(row) for row in found})
-        raise ConfigError(
-            f"{name} must hold {layers} layers of {selection_heads} numbers; given {len(found)} layers of {sizes}."
-        )
+        raise ConfigError(f"{name} must hold {rows} {unit} of {columns} numbers; given {len(found)} {unit} of {sizes}.")
     return found

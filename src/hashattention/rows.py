@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ class Rows:
     budgets: Tensor
     capacity: int
     mask: Tensor | None = None
+
+    @functools.cached_property
+    def taken(self) -> Tensor:
+        """How many tokens each index set will hold, int32 ``[B, Hsel]``: budgets never exceed what there is."""
+        return self.budgets.sum(-1, dtype=torch.int32)
 
     def valid(self, tokens: int) -> Tensor:
         """Which of the first `tokens` slots of the cache may be attended to, bool ``[B, tokens]``."""
@@ -101,6 +107,7 @@ class Extent:
         self._rows: dict[tuple[Budget, int], Rows] = {}
         self._scaled: dict[tuple[Budget, int], Tensor] = {}
         self._before: dict[int, Extent] = {}
+        self._lengths: Tensor | None = None
 
     @classmethod
     def full(cls, batch: int, tokens: int, device: torch.device) -> Extent:
@@ -147,10 +154,11 @@ class Extent:
         return ((self.end if self.by_slot else self.lengths()) - 1)[:, None]
 
     def lengths(self) -> Tensor:
-        """Valid tokens of every request, int32 ``[B]``."""
-        if self.mask is None:
-            return (self.end - self.start).clamp(min=0)
-        return self.mask.sum(1, dtype=torch.int32)
+        """Valid tokens of every request, int32 ``[B]``; counted once."""
+        if self._lengths is None:
+            whole = (self.end - self.start).clamp(min=0) if self.mask is None else self.mask.sum(1, dtype=torch.int32)
+            self._lengths = whole
+        return self._lengths
 
     def rows(self, budget: Budget, selection_heads: int) -> Rows:
         """Bounds and budgets for `selection_heads` index sets a request."""

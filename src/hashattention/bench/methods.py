@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -57,6 +59,23 @@ def _step(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
     caches, maps = (inputs.k, inputs.v, inputs.signatures), (inputs.weights, inputs.biases)
     rows = inputs.start, inputs.end, inputs.budgets, inputs.capacity
     return lambda: ops.decode(inputs.q, *caches, *maps, *rows, **rest, new_key=inputs.new_key)  # type: ignore[arg-type]
+
+
+def _step_filled(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
+    """The step, and the mean value for the tokens left out, as `HashSelector` adds it."""
+    step = _step(inputs, chosen)
+    number = inputs.k.new_full((*inputs.k.shape[:2], 1), inputs.case.context, dtype=torch.float32)
+    sums = torch.cat([inputs.k.sum(2, dtype=torch.float32), inputs.v.sum(2, dtype=torch.float32), number], -1)
+    taken = inputs.budgets.sum(-1, dtype=torch.int32)
+    lengths = inputs.end - inputs.start
+    coefficients = torch.tensor([-1.0, 0.4, 0.2], device=inputs.q.device).repeat(inputs.q.shape[1], 1)
+    known = inputs.q, sums, taken, lengths, coefficients
+
+    def filled() -> object:
+        done: Any = step()
+        return ops.add_remainder(done[0], done[1], *known, scale=inputs.scale)
+
+    return filled
 
 
 def _encode(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
@@ -157,6 +176,7 @@ def _reference_attend(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
 #: Ours whole, then its parts; the parts of `reference` show what the kernels are worth.
 OURS = {
     "step": Method("ours", _step),
+    "step+remainder": Method("ours", _step_filled),
     "encode": Method("part", _encode),
     "score+select": Method("part", _select),
     "attend": Method("part", _attend),

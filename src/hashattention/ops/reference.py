@@ -228,3 +228,38 @@ def score_select(
     """
     scores = score(code, signatures, budgets.shape[1], block_table)
     return select(scores, start, end, budgets, capacity, mask)
+
+
+def add_remainder(
+    out: Tensor,
+    logsumexp: Tensor,
+    q: Tensor,
+    sums: Tensor,
+    taken: Tensor,
+    lengths: Tensor,
+    coefficients: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attention `out` ``[B, Hq, 1, Dv]`` over ``taken[b, h]`` of ``lengths[b]`` tokens, with the mean value of all
+    tokens for the others, in the share of the weight that these are estimated to have.
+
+    sums float32 ``[B, Hkv, D + Dv + 1]`` hold the summed keys, the summed values and how many were summed. With mu the
+    logit of the mean key and m the logarithm of the mean weight of the tokens taken, a token that was left out is
+    estimated to weigh ``exp(m + min(0, a + b (mu - m) + c log(taken / length)))``; coefficients float32 ``[Hq, 3]``
+    hold a, b and c.
+    """
+    query_heads, dim = q.shape[1], q.shape[3]
+    number = sums[..., -1].repeat_interleave(query_heads // sums.shape[1], 1)
+    mean = (sums[..., :-1] / sums[..., -1:].clamp(min=1)).repeat_interleave(query_heads // sums.shape[1], 1)
+    mu = (q[:, :, 0].float() * mean[..., :dim]).sum(-1) * scale
+    if softcap:
+        mu = softcap * torch.tanh(mu / softcap)
+    number_taken = taken.repeat_interleave(query_heads // taken.shape[1], 1).float()
+    left = torch.where(number > 0, (lengths[:, None] - number_taken).clamp(min=0), 0)
+    mean_weight = logsumexp[..., 0] - number_taken.log()
+    a, b, c = coefficients.unbind(-1)
+    less = a + b * (mu - mean_weight) + c * (number_taken / (number_taken + left)).log()
+    # Nothing taken has no output to mix: NaN there.
+    share = ((left / number_taken).log() + less.clamp(max=0)).sigmoid().nan_to_num(0.0)[..., None, None]
+    return (out + share * (mean[:, :, None, dim:] - out)).to(out.dtype)

@@ -14,6 +14,7 @@ from hashattention.maps import HashMaps, LayerMaps
 from hashattention.rows import Rows, Shares
 from hashattention.selectors.base import Selection, Selector, Step
 from hashattention.selectors.mass import count_needed, histogram, largest_score, levels, pool_scale
+from hashattention.selectors.remainder import Remainder, running_sums
 
 
 class HashSelector(Selector):
@@ -27,15 +28,25 @@ class HashSelector(Selector):
         Kernel backend, ``"auto"`` or a name.
     top_p : float, optional
         In place of a budget's `top_p` (a budget that covers the context is dense attention all the same).
+    remainder : bool, optional
+        The mean value stands for the tokens left out (`ops.add_remainder`); by default where the maps know how.
 
     Raises
     ------
     ConfigError
-        For a `top_p` out of range, or given maps without temperatures.
+        For a `top_p` out of range, or given maps without temperatures; for a `remainder`, given maps without one.
     """
 
-    def __init__(self, maps: HashMaps, backend: str = "auto", top_p: float | None = None) -> None:
+    def __init__(
+        self, maps: HashMaps, backend: str = "auto", top_p: float | None = None, remainder: bool | None = None
+    ) -> None:
         self.maps, self.backend, self.top_p = maps, backend, top_p
+        self.remainder = maps.remainder is not None if remainder is None else remainder
+        if self.remainder and maps.remainder is None:
+            raise ConfigError(
+                "remainder=True needs maps that were trained with one, and these have none: train them again with "
+                "this release, or fit it alone (hashattention.train.remainder.calibrate), or leave it out."
+            )
         if top_p is not None:
             self.check_budget(Budget(density=1.0, top_p=top_p))
         self.share = maps.config.selection_share
@@ -44,6 +55,7 @@ class HashSelector(Selector):
         self._ready: dict[int, LayerMaps] = {}
         self._shares: Shares | None = None
         self._temperatures: Tensor | None = None
+        self._coefficients: Tensor | None = None
 
     def select(self, step: Step) -> Selection:
         """Sign the new keys, encode the query, score all signatures, select."""
@@ -55,7 +67,7 @@ class HashSelector(Selector):
         bounds = rows.start, rows.end, rows.budgets, rows.capacity
         levels = self.maps.config.levels
         chosen = ops.score_select(code, signatures, *bounds, mask=rows.mask, levels=levels, backend=self.backend)
-        return Selection(*chosen)
+        return Selection(*chosen, remainder=self._remainder(step))
 
     def _select_needed(self, step: Step, signatures: Tensor, rows: Rows, budget: Budget) -> Selection:
         """`select`, each row's heavy tokens counted by the attention that its scores promise."""
@@ -67,7 +79,8 @@ class HashSelector(Selector):
         logits = levels(largest, pool_scale(scale, heads)[..., 0] * self._temperature(step))
         rows = rows.limit_heavy(count_needed(counts, logits, top_p=budget.top_p, threshold=budget.threshold))
         bounds = rows.start, rows.end, rows.budgets, rows.capacity
-        return Selection(*ops.select(scores, *bounds, mask=rows.mask, backend=self.backend))
+        chosen = ops.select(scores, *bounds, mask=rows.mask, backend=self.backend)
+        return Selection(*chosen, remainder=self._remainder(step))
 
     def attend(self, step: Step) -> Tensor:
         """The whole step in one op, which signs the newest key on its way."""
@@ -85,12 +98,28 @@ class HashSelector(Selector):
 
     def _decode(self, step: Step, signatures: Tensor, new_key: ops.NewKey | None) -> Tensor:
         layer, rows, config = self._layer(step), self._rows(step), self.maps.config
-        return ops.decode(
+        out, lse = ops.decode(
             step.query, step.key, step.value, signatures, layer.query_weights, layer.query_biases,
             rows.start, rows.end, rows.budgets, rows.capacity, mask=rows.mask, new_key=new_key,
             levels=config.levels if config.score == "asymmetric" else 0, scale=step.scale, softcap=step.softcap,
             backend=self.backend,
-        )[0]  # fmt: skip
+        )  # fmt: skip
+        remainder = self._remainder(step)
+        if remainder is None:
+            return out
+        return remainder.add(out, lse, step.query, rows.taken, scale=step.scale, softcap=step.softcap)
+
+    def _remainder(self, step: Step) -> Remainder | None:
+        """What stands for the tokens left out; None without one, or in too short a cache."""
+        if not self.remainder:
+            return None
+        sums = running_sums(step.key, step.value, step.rows("group"), step.extent.tokens, step.side)
+        if sums is None:
+            return None
+        if self._coefficients is None or self._coefficients.device != step.key.device:
+            self._coefficients = torch.tensor(self.maps.remainder, dtype=torch.float32, device=step.key.device)
+        layer = self._coefficients[self.maps.model.layers.index(step.layer)]
+        return Remainder(sums, step.extent.lengths(), layer)
 
     def _rows(self, step: Step) -> Rows:
         """Bounds and budgets; each layer's own where the maps say how to share a mean budget."""

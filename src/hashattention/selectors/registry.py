@@ -43,7 +43,7 @@ SHARED = {"share": str, "pooling": str}
 METHODS = {
     "oracle": Method("oracle", "OracleSelector", SHARED),
     "top_p": Method("top_p", "TopPSelector", {"p": float, "share": str, "union": yes_or_no}),
-    "hash": Method("hash", "HashSelector", {"backend": str, "top_p": float}, needs="maps"),
+    "hash": Method("hash", "HashSelector", {"backend": str, "top_p": float, "remainder": yes_or_no}, needs="maps"),
     "streaming": Method("streaming", "StreamingSelector"),
     "h2o": Method("h2o", "H2oSelector", {"evict": yes_or_no}),
     "infllm": Method("infllm", "InfLlmSelector", {"block": int, "representatives": int, **SHARED}),

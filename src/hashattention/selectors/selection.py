@@ -8,24 +8,30 @@ import torch
 from torch import Tensor
 
 from hashattention import ops
+from hashattention.selectors.remainder import Remainder
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """indices int32 ``[B, Hsel, K]`` (ascending, packed left, -1 = none) and counts int32 ``[B, Hsel]``.
 
-    They hold every token that is attended; with a `tail`, some of these stand for tokens that are not.
+    They hold every token that is attended; with a `tail`, some of these stand for tokens that are not, and with a
+    `remainder` the mean value of all tokens does.
     """
 
     indices: Tensor
     counts: Tensor
     tail: Tail | None = None
+    remainder: Remainder | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap: float) -> Tensor:
         """Attention output ``[B, Hq, 1, D]`` of `query` ``[B, Hq, 1, D]`` over these tokens of `key` and `value`."""
         if self.tail is not None:
             return self.tail.attend(query, key, value, scale=scale, softcap=softcap)
-        return ops.attend(query, key, value, self.indices, self.counts, scale=scale, softcap=softcap)[0]
+        out, lse = ops.attend(query, key, value, self.indices, self.counts, scale=scale, softcap=softcap)
+        if self.remainder is None:
+            return out
+        return self.remainder.add(out, lse, query, self.counts, scale=scale, softcap=softcap)
 
     def held(self, tokens: int) -> Tensor:
         """Which of the first `tokens` tokens each index set holds, bool ``[B, Hsel, tokens]``."""

@@ -35,6 +35,8 @@ EXACT = ("exact_shared", "exact_shared_peak", "exact_per_head")
 MORE = ("exact_shared_rank", "exact_shared_output", "exact_per_head_output", "quest")
 #: Tokens of one of Quest's pages.
 PAGE = 16
+#: The name under which maps are measured with their remainder.
+FILLED = "hash_remainder"
 FIELDS = ("error", "kept_mass", "recall")
 
 
@@ -63,17 +65,70 @@ class Exact:
         top = ranked.topk(min(RECALL_TOP, weights.shape[-1]), dim=-1).indices
         return cls(grouped, weights, value, weights @ value, heavy, top, sample.positions)
 
-    def quality(self, chosen: Tensor) -> Tensor:
-        """Error, kept mass and recall of the tokens `chosen` (bool ``[Hsel, N, T]``), float64 ``[Hkv, 3]``: means."""
+    def leave_out(self, chosen: Tensor) -> LeftOut:
+        """Attention over the tokens `chosen` (bool ``[Hsel, N, T]``) alone, and what is known of the others."""
         chosen = chosen.repeat_interleave(self.weights.shape[0] // chosen.shape[0], dim=0)
         kept = self.weights * chosen
-        mass = kept.sum(-1)
-        out = (kept @ self.value) / mass.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+        mass = kept.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        causal = self.grouped[0, 0] > -torch.inf
+        length = causal.sum(-1)
+        mean_value = (causal / length[:, None]) @ self.value
+        logits = self.grouped.flatten(0, 1)
+        mu = logits.masked_fill(~causal, 0).sum(-1) / length
+        taken = chosen.sum(-1)
+        mean_weight = logits.masked_fill(~chosen, -torch.inf).logsumexp(-1) - taken.log()
+        known = mu - mean_weight, taken, length
+        return LeftOut(chosen, mass, (kept @ self.value) / mass[..., None], self.out, mean_value, *known)
+
+    def quality(self, chosen: Tensor, remainder: Tensor | None = None) -> Tensor:
+        """Error, kept mass and recall of the tokens `chosen` (bool ``[Hsel, N, T]``), float64 ``[Hkv, 3]``: means.
+
+        With the coefficients of a `remainder` ``[Hq, 3]`` the mean value stands for the tokens left out.
+        """
+        rest = self.leave_out(chosen)
+        out = rest.kept if remainder is None else rest.fill(remainder)
         error = (out - self.out).norm(dim=-1) / self.out.norm(dim=-1)
         is_candidate = self.heavy.expand_as(self.weights).gather(-1, self.top)
-        found = (chosen.gather(-1, self.top) & is_candidate).sum(-1) / is_candidate.sum(-1).clamp(min=1)
-        means = torch.stack([error, mass, found]).double().mean(-1)
+        found = (rest.chosen.gather(-1, self.top) & is_candidate).sum(-1) / is_candidate.sum(-1).clamp(min=1)
+        means = torch.stack([error, rest.mass, found]).double().mean(-1)
         return means.unflatten(1, (self.grouped.shape[0], -1)).mean(-1).T
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """Attention over `chosen` tokens (bool ``[Hq, N, T]``) with weight `mass` ``[Hq, N]``: `kept` ``[Hq, N, Dv]``,
+    beside `dense`; and what `ops.add_remainder` knows of the others: `mean_value`, `less` (the logit of the mean key
+    less the logarithm of the mean weight taken), how many are `taken` ``[Hq, N]`` of a `length` ``[N]``.
+    """
+
+    chosen: Tensor
+    mass: Tensor
+    kept: Tensor
+    dense: Tensor
+    mean_value: Tensor
+    less: Tensor
+    taken: Tensor
+    length: Tensor
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """What the coefficients b and c multiply, ``[Hq, N, 2]``, and the offset ``log(left / taken)`` ``[Hq, N]``."""
+        density = (self.taken / self.length).log()
+        return torch.stack([self.less, density], -1), ((self.length - self.taken) / self.taken).log()
+
+    def fill(self, coefficients: Tensor) -> Tensor:
+        """The output with the mean value for the tokens left out: `ops.add_remainder` for all queries at once."""
+        (features, offset), own = self.features(), coefficients.to(self.kept.device, self.kept.dtype)
+        less = own[:, None, 0] + (features * own[:, None, 1:]).sum(-1)
+        share = (offset + less.clamp(max=0)).sigmoid()[..., None]
+        return self.kept + share * (self.mean_value - self.kept)
+
+    def statistics(self) -> Tensor:
+        """All that the relative error of `fill` depends on, ``[Hq, N, 6]``: `features`, and three products."""
+        features, offset = self.features()
+        missed, step = self.kept - self.dense, self.mean_value - self.kept
+        size = self.dense.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        products = [(a * b).sum(-1) / size for a, b in ((missed, missed), (missed, step), (step, step))]
+        return torch.cat([features, torch.stack([offset, *products], -1)], -1)
 
 
 def hash_scores(layer: LayerMaps, sample: Sample, selection_heads: int) -> Tensor:
@@ -135,7 +190,8 @@ def measure(
     base : BaseModel
     methods : dict
         Name to maps; None under a name of `EXACT`: "exact_shared" (top-k by the group's mean softmax, the yardstick),
-        "exact_shared_peak" (by the largest peak-normalised softmax), "exact_per_head"; or of `MORE`.
+        "exact_shared_peak" (by the largest peak-normalised softmax), "exact_per_head"; or of `MORE`. Maps under
+        the name `FILLED` are measured with their remainder.
     budgets : sequence of Budget
         All with the same sink and local.
     device : torch.device
@@ -171,10 +227,18 @@ def measure_heads(
                 shares = None if maps is None or maps.shares is None else maps.shares[row]
                 scores = method_scores(name, maps, exact, sample, base, row)
                 chosen = choose(scores, sample.positions, budgets, shares)
-                total[name][:, row] += torch.stack([exact.quality(each) for each in chosen]) / len(held_out)
+                filled = _remainder(name, maps, row, device)
+                total[name][:, row] += torch.stack([exact.quality(each, filled) for each in chosen]) / len(held_out)
             if progress is not None:
                 progress("measuring", index * layers + row + 1, len(held_out) * layers)
     return {name: table.cpu() for name, table in total.items()}
+
+
+def _remainder(name: str, maps: HashMaps | None, row: int, device: torch.device) -> Tensor | None:
+    if name != FILLED:
+        return None
+    assert maps is not None and maps.remainder is not None, name
+    return torch.tensor(maps.remainder[row], device=device)
 
 
 def method_scores(name: str, maps: HashMaps | None, exact: Exact, sample: Sample, base: BaseModel, row: int) -> Tensor:

@@ -16,7 +16,7 @@ from hashattention import provenance
 from hashattention.config import BaseModel, Budget
 from hashattention.maps import HashMaps
 from hashattention.models.packaged import Progress
-from hashattention.train import budgets, metrics, shards, temperatures
+from hashattention.train import budgets, metrics, remainder, shards, temperatures
 from hashattention.train.fit import fit
 from hashattention.train.ranks import Ranks
 from hashattention.train.recipe import Recipe
@@ -137,10 +137,13 @@ def train(
     if shares is not None:
         at = whole.layers.index(base.layers[0])
         maps.shares = shares[at : at + len(base.layers)]
+    filled = fit_remainder(loaded.model, base, text, maps, recipe, ranks, progress)
+    at = whole.layers.index(base.layers[0])
+    maps.remainder = filled[at : at + len(base.layers)]
     measured = measure(captured, base, maps, recipe, where, progress)
     fitted = fit_temperatures(captured, base, maps, recipe, where, ranks)
     maps = ranks.join_maps(maps, recipe, whole)
-    maps.shares, maps.temperatures = shares, fitted
+    maps.shares, maps.temperatures, maps.remainder = shares, fitted, filled
     report: dict[str, Any] = {
         "recipe": recipe.as_dict(),
         "metrics": metrics.summarise(ranks.join_tables(measured), _budgets(recipe), whole) if measured else {},
@@ -205,6 +208,22 @@ def fit_temperatures(
     return temperatures.as_temperatures(ranks.join_tables({"all": table[None]})["all"][0])
 
 
+def fit_remainder(
+    model: Any,
+    base: BaseModel,
+    text: Sequences,
+    maps: HashMaps,
+    recipe: Recipe,
+    ranks: Ranks,
+    progress: Progress | None = None,
+) -> remainder.Remainder:
+    """The remainder's coefficients, from the first training sequences, which the model reads again."""
+    tokens = text.train[: remainder.SEQUENCES]
+    options: dict[str, Any] = {"sink": recipe.sink, "local": recipe.local, "chunk": _chunk(model)}
+    table = remainder.fit(model, base, maps, tokens, **options, progress=progress)
+    return remainder.as_remainder(ranks.join_tables({"all": table[None]})["all"][0])
+
+
 def measure(
     captured: Captured,
     base: BaseModel,
@@ -216,7 +235,7 @@ def measure(
     """Held-out quality of `maps` beside exact selections at the recipe's budgets; empty without held-out sequences."""
     if not len(captured.held_out):
         return {}
-    methods: dict[str, HashMaps | None] = {"hash": maps, **dict.fromkeys(metrics.EXACT)}
+    methods: dict[str, HashMaps | None] = {"hash": maps, metrics.FILLED: maps, **dict.fromkeys(metrics.EXACT)}
     # Where the budgets were fitted on one half, only the other one judges.
     first = len(captured.held_out) // 2 if recipe.fit_budgets else 0
     rest = Part(captured.held_out, first, len(captured.held_out))
@@ -228,11 +247,16 @@ def _budgets(recipe: Recipe) -> list[Budget]:
 
 
 def _capturing(model: Any, base: BaseModel, tokens: Tensor, positions: Tensor, value: bool) -> Callable[[], Sample]:
-    from hashattention.models.capture import CHUNK, capture
+    from hashattention.models.capture import capture
 
-    # A GPU reads much at once, and in one piece its attention is causal without a mask.
-    chunk = GPU_CHUNK if next(model.parameters()).is_cuda else CHUNK
-    return lambda: capture(model, base, tokens, positions, value=value, chunk=chunk)
+    return lambda: capture(model, base, tokens, positions, value=value, chunk=_chunk(model))
+
+
+def _chunk(model: Any) -> int:
+    """A GPU reads much at once, and in one piece its attention is causal without a mask."""
+    from hashattention.models.capture import CHUNK
+
+    return GPU_CHUNK if next(model.parameters()).is_cuda else CHUNK
 
 
 def _thinning(make: Callable[[], Sample], recipe: Recipe, base: BaseModel, number: int) -> Callable[[], Sample]:

@@ -17,11 +17,13 @@ from hashattention.ops.triton.decode import decode, decode_step
 from hashattention.ops.triton.encode import LAST_STAGE_BYTES, encode_query, encode_signature, write_signature
 from hashattention.ops.triton.logits import logits
 from hashattention.ops.triton.pool import pool
+from hashattention.ops.triton.remainder import add_remainder
 from hashattention.ops.triton.score import score
 from hashattention.ops.triton.select import MOST_LEVELS, levels_of, score_select
 from hashattention.ops.triton.select_scores import select
 
 __all__ = [
+    "add_remainder",
     "attend",
     "decode",
     "decode_step",

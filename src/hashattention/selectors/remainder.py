@@ -1,0 +1,64 @@
+"""The remainder: all tokens that were not selected, for which their mean key and mean value stand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from hashattention import ops
+from hashattention.cache import TokenCache
+from hashattention.rows import Rows
+
+SUMS = "sums"
+#: Sums are kept at the end of every block of this many tokens; a last block that is not whole stays out of the mean.
+BLOCK = 256
+#: Tokens summed at once: bounds the copies that a long prompt takes.
+CHUNK = 32 * BLOCK
+
+
+@dataclasses.dataclass(frozen=True)
+class Remainder:
+    """What `ops.add_remainder` takes of a step besides its attention: sums float32 ``[B, Hkv, D + Dv + 1]``, lengths
+    int32 ``[B]``, coefficients float32 ``[Hq, 3]``.
+    """
+
+    sums: Tensor
+    lengths: Tensor
+    coefficients: Tensor
+
+    def add(
+        self, out: Tensor, logsumexp: Tensor, query: Tensor, taken: Tensor, *, scale: float, softcap: float
+    ) -> Tensor:
+        """Attention `out` over `taken` int32 ``[B, Hsel]`` tokens, with the mean value for the others."""
+        known = self.sums, taken, self.lengths, self.coefficients
+        return ops.add_remainder(out, logsumexp, query, *known, scale=scale, softcap=softcap)
+
+
+def running_sums(key: Tensor, value: Tensor, rows: Rows, tokens: int, side: TokenCache) -> Tensor | None:
+    """The keys and values of all valid tokens in whole blocks of the first `tokens`, summed, and their number: float32
+    ``[B, Hkv, D + Dv + 1]``; None where no block is whole.
+
+    Each block's sum is made once and holds all before it, so that a step reads one row of them, and a crop goes back.
+    """
+    whole = tokens // BLOCK
+    if not whole:
+        return None
+
+    def make(first: int) -> Tensor:
+        valid = rows.valid(whole * BLOCK)
+        starts = range(first * BLOCK, whole * BLOCK, CHUNK)
+        spans = [slice(start, min(start + CHUNK, whole * BLOCK)) for start in starts]
+        sums = torch.cat([_sum_blocks(key[:, :, s], value[:, :, s], valid[:, s]) for s in spans], 2).cumsum(2)
+        return sums + side.held(SUMS)[:, :, -1:] if first else sums
+
+    return side.extend(SUMS, whole, make, stride=BLOCK)[:, :, -1]
+
+
+def _sum_blocks(key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
+    """float32 ``[B, Hkv, blocks, D + Dv + 1]`` of keys and values ``[B, Hkv, T, D]``, valid bool ``[B, T]``."""
+    hidden = ~valid[:, None, :, None]
+    sums = [part.masked_fill(hidden, 0).unflatten(2, (-1, BLOCK)).sum(3, dtype=torch.float32) for part in (key, value)]
+    number = valid.unflatten(1, (-1, BLOCK)).sum(2, dtype=torch.float32)[:, None, :, None]
+    return torch.cat([*sums, number.expand(-1, key.shape[1], -1, -1)], -1)

@@ -1,0 +1,155 @@
+"""The remainder's coefficients: how much of the attention the tokens left out are estimated to have.
+
+Three numbers a query head (`ops.add_remainder`), fitted so that the output is as close to dense attention as it can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hashattention.config import BaseModel, Budget
+from hashattention.maps import HashMaps, check_remainder
+from hashattention.models.capture import Sample, capture
+from hashattention.models.packaged import Progress
+from hashattention.train.metrics import Exact, choose, method_scores
+from hashattention.train.text import Texts, sequences
+
+if TYPE_CHECKING:
+    from hashattention.models.source import LoadedModel
+
+Remainder = tuple[tuple[tuple[float, ...], ...], ...]
+
+#: Heavy budgets that one set of coefficients is to serve.
+HEAVY = (1 / 8, 1 / 16, 1 / 32, 1 / 64)
+#: Training sequences that are read again, and queries of each.
+SEQUENCES, QUERIES = 4, 64
+#: Steps of the quasi-Newton method, and the weight of the coefficients' squares, which holds what the data leave open.
+STEPS, HOLD = 100, 1e-4
+START = (-1.0, 0.3, 0.0)
+
+
+class Fit:
+    """Collects what the error of the output depends on, sequence by sequence, and fits the coefficients.
+
+    Parameters
+    ----------
+    maps : HashMaps or None
+        What selects; None: exact shared selection.
+    base : BaseModel
+        The layers that the samples hold.
+    sink, local : int
+        Tokens that are always attended.
+    """
+
+    def __init__(self, maps: HashMaps | None, base: BaseModel, *, sink: int, local: int) -> None:
+        self.maps, self.base = maps, base
+        self.budgets = [Budget(heavy=share, sink=sink, local=local) for share in HEAVY]
+        self._parts: list[list[Tensor]] = [[] for _ in base.layers]
+
+    def add(self, sample: Sample) -> None:
+        """Take a sequence with values, of all layers of `base`, into account."""
+        for row in range(len(self.base.layers)):
+            layer = sample.layers(row, row + 1)
+            exact = Exact.of(layer, self.budgets[0].sink, self.budgets[0].local)
+            name = "exact_shared" if self.maps is None else "hash"
+            scores = method_scores(name, self.maps, exact, layer, self.base, row)
+            shares = None if self.maps is None or self.maps.shares is None else self.maps.shares[row]
+            chosen = choose(scores, layer.positions, self.budgets, shares)
+            parts = [exact.leave_out(each).statistics() for each in chosen]
+            self._parts[row].append(torch.cat(parts, 1).double().cpu())
+
+    def solve(self) -> Tensor:
+        """The coefficients, float64 ``[L, Hq, 3]``."""
+        return torch.stack([_minimise(torch.cat(parts, 1)) for parts in self._parts])
+
+
+def _minimise(statistics: Tensor) -> Tensor:
+    """Coefficients ``[Hq, 3]`` with the least mean relative error over queries, from ``[Hq, N, 6]``."""
+    features, offset, error, cross, length = statistics.split([2, 1, 1, 1, 1], -1)
+    coefficients = torch.tensor(START, dtype=torch.float64).repeat(len(statistics), 1).requires_grad_()
+    solver = torch.optim.LBFGS([coefficients], max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        less = coefficients[:, None, :1] + (features * coefficients[:, None, 1:]).sum(-1, keepdim=True)
+        share = (offset + less.clamp(max=0)).sigmoid()
+        squared = error + 2 * share * cross + share * share * length
+        total = squared.clamp(min=1e-12).sqrt().mean(1).sum() + HOLD * coefficients.square().sum()
+        total.backward()
+        return total
+
+    solver.step(loss)
+    return coefficients.detach()
+
+
+def fit(
+    model: object,
+    base: BaseModel,
+    maps: HashMaps | None,
+    tokens: Sequence[Tensor],
+    *,
+    sink: int,
+    local: int,
+    chunk: int | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Coefficients for `maps` (None: for exact shared selection) from token sequences that `model` reads, one after the
+    other, so that no more than one is held: float64 ``[L, Hq, 3]``.
+    """
+    found = Fit(maps, base, sink=sink, local=local)
+    for number, each in enumerate(tokens):
+        first = min(max(len(each) // 8, sink + local + 1), len(each) - 1)
+        positions = torch.linspace(first, len(each) - 1, QUERIES).long().unique()
+        options = {} if chunk is None else {"chunk": chunk}
+        found.add(capture(model, base, each, positions, value=True, **options))
+        if progress is not None:
+            progress("fitting the remainder", number + 1, len(tokens))
+    return found.solve()
+
+
+def as_remainder(table: Tensor) -> Remainder:
+    """Coefficients ``[L, Hq, 3]`` as plain numbers."""
+    plain = [[[float(f"{one:.5g}") for one in head] for head in layer] for layer in table.tolist()]
+    return check_remainder(plain, *table.shape[:2])
+
+
+def calibrate(
+    model: LoadedModel,
+    maps: HashMaps,
+    texts: Texts,
+    *,
+    lengths: Sequence[int] = (8192,),
+    count: int = SEQUENCES,
+    sink: int = 16,
+    local: int = 64,
+    chunk: int | None = None,
+    progress: Progress | None = None,
+) -> HashMaps:
+    """Give maps that have none (of an older release, say) their remainder; `save_pretrained` keeps it.
+
+    Parameters
+    ----------
+    model : LoadedModel
+        The model the maps are for, from `load_model`.
+    maps : HashMaps
+        Changed in place, and returned.
+    texts : path, `datasets` name or a list
+        As for `train.run.train`: `count` sequences are read, of `lengths` tokens in turn.
+    sink, local : int
+        Tokens that are always attended.
+    chunk : int, optional
+        Tokens the model reads at once.
+    """
+    text = sequences(
+        model.tokenizer, texts, context=max(lengths), count=count, held_out=0, seed=0, lengths=lengths,
+        progress=progress,
+    )  # fmt: skip
+    maps.to(next(model.model.parameters()).device)
+    options: dict[str, int] = {"sink": sink, "local": local}
+    table = fit(model.model, maps.model, maps, text.train, **options, chunk=chunk, progress=progress)
+    maps.remainder = as_remainder(table)
+    return maps
