@@ -144,3 +144,50 @@ def test_weights_of_another_shape_are_refused(folder):
     edit(folder, lambda document: document["maps"].update(bits=32))
     with pytest.raises(ArtifactError, match="do not belong together"):
         HashMaps.from_pretrained(folder)
+
+
+REMAINDER = (((0.5, 1.0, -0.25),) * 6, ((-1.5, 0.125, 0.0),) * 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_the_remainder_makes_the_round_trip(tmp_path, dtype):
+    maps = HashMaps(CONFIGS["group"], MODEL, {"steps": 3}, remainder=REMAINDER)
+    maps.save_pretrained(tmp_path / "maps", dtype)
+    assert HashMaps.from_pretrained(tmp_path / "maps", MODEL).remainder == maps.remainder == REMAINDER
+
+
+def test_maps_without_a_remainder_write_none(folder):
+    assert "remainder" not in json.loads((folder / "config.json").read_text())
+    assert HashMaps.from_pretrained(folder).remainder is None
+
+
+def numbers(layers=2, heads=6, count=3, value=0.5):
+    return [[[value] * count for _ in range(heads)] for _ in range(layers)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (numbers(layers=1), "remainder must hold 2 layers of 6 times 3 numbers; given 1"),
+        (numbers(layers=3), "given 3"),
+        (numbers(heads=2), r"remainder must hold 6 query heads of 3 numbers; given 2 query heads of \[3\]"),
+        (numbers(count=2), r"given 6 query heads of \[2\]"),
+        ([numbers(1)[0], []], r"given 0 query heads of \[\]"),
+        ([[[0.5] * 3] * 5 + [[0.5] * 4], numbers(1)[0]], r"given 6 query heads of \[3, 4\]"),
+        (numbers(value=float("nan")), "must be below 1e.06; given nan. Train the maps again"),
+        (numbers(value=float("-inf")), "must be below 1e.06; given -inf"),
+        (numbers(value="high"), "a list of numbers for each of the query heads"),
+        (numbers(value=None), "a list of numbers"),
+        (numbers(value=[0.5]), "a list of numbers"),
+        ([3.0, 4.0], "a list of numbers"),
+        (3.0, "2 layers of 6 times 3 numbers; given 3.0"),
+        ("ab", "given 'ab'"),
+        ({"0": 1, "1": 2}, "given {'0': 1"),
+    ],
+)
+def test_a_bad_remainder_is_refused(folder, given, message):
+    with pytest.raises(ConfigError, match=message):
+        HashMaps(CONFIGS["group"], MODEL, remainder=given)
+    edit(folder, lambda document: document.update(remainder=given))
+    with pytest.raises(ConfigError, match=message):
+        HashMaps.from_pretrained(folder)

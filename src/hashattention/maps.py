@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import os
 from typing import Any
 
@@ -18,6 +17,8 @@ from hashattention.rotation import unrotate
 
 #: Keys encoded at once: bounds the hidden activations of a long prefill.
 KEY_CHUNK = 8192
+#: Coefficients of the remainder are smaller than this: what they make of a logit is finite in float32.
+LARGEST = 1e6
 
 
 class Mlp(nn.Module):
@@ -281,15 +282,17 @@ def check_remainder(remainder: Any, layers: int, query_heads: int) -> tuple[tupl
     Raises
     ------
     ConfigError
-        For another number of them, or one that is not finite.
+        For another number of them, or one that is not finite or too large.
     """
     if not isinstance(remainder, (list, tuple)) or len(remainder) != layers:
         given = len(remainder) if isinstance(remainder, (list, tuple)) else repr(remainder)
         raise ConfigError(f"remainder must hold {layers} layers of {query_heads} times 3 numbers; given {given}.")
     found = tuple(_table("remainder", layer, query_heads, 3, "query heads") for layer in remainder)
-    bad = [one for layer in found for row in layer for one in row if not math.isfinite(one)]
+    bad = [one for layer in found for row in layer for one in row if not abs(one) < LARGEST]
     if bad:
-        raise ConfigError(f"the remainder's coefficients must be finite; given {bad[0]!r}. Train the maps again.")
+        raise ConfigError(
+            f"the remainder's coefficients must be below {LARGEST:g}; given {bad[0]!r}. Train the maps again."
+        )
     return found
 
 

@@ -35,7 +35,7 @@ class Rows:
         """Which of the first `tokens` slots of the cache may be attended to, bool ``[B, tokens]``."""
         position = torch.arange(tokens, device=self.start.device)
         inside = (position >= self.start[:, None]) & (position < self.end[:, None])
-        return inside if self.mask is None else inside & self.mask
+        return inside if self.mask is None else inside & self.mask[:, :tokens]
 
     def candidates(self, tokens: int) -> Tensor:
         """The valid tokens that are neither sink nor local, bool ``[B, Hsel, tokens]``: heavy is chosen from these."""
@@ -108,6 +108,7 @@ class Extent:
         self._scaled: dict[tuple[Budget, int], Tensor] = {}
         self._before: dict[int, Extent] = {}
         self._lengths: Tensor | None = None
+        self._whole: dict[int, Tensor] = {}
 
     @classmethod
     def full(cls, batch: int, tokens: int, device: torch.device) -> Extent:
@@ -159,6 +160,14 @@ class Extent:
             whole = (self.end - self.start).clamp(min=0) if self.mask is None else self.mask.sum(1, dtype=torch.int32)
             self._lengths = whole
         return self._lengths
+
+    def whole_blocks(self, size: int) -> Tensor:
+        """How many blocks of `size` slots are filled, int64 ``[1]``, where `tokens` counts slots that are not; counted
+        once for all layers.
+        """
+        if size not in self._whole:
+            self._whole[size] = self.end.amax().long().reshape(1) // size
+        return self._whole[size]
 
     def rows(self, budget: Budget, selection_heads: int) -> Rows:
         """Bounds and budgets for `selection_heads` index sets a request."""

@@ -65,6 +65,28 @@ def test_steps_of_one_shape(model, method: str) -> None:
     torch.testing.assert_close(course(fixed, selector), expected, rtol=1e-4, atol=1e-4)
 
 
+def filling(model) -> HashMaps:
+    """Maps with a remainder that matters."""
+    base = describe(model)
+    torch.manual_seed(1)
+    table = torch.randn(len(base.layers), base.num_attention_heads, 3) * 0.3
+    return HashMaps(MapsConfig(bits=32, widths=(8,)), base, remainder=table.tolist()).requires_grad_(False)
+
+
+@pytest.mark.parametrize("block", [8, 16, 64, 100])
+def test_steps_of_one_shape_with_a_remainder(model, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean is of the same tokens, whether the cache's slots are filled or not; blocks end before and behind the
+    first step, and in the steps.
+    """
+    monkeypatch.setattr("hashattention.selectors.remainder.BLOCK", block)
+    selector, plain = (create(f"hash:remainder={given}", maps=filling(model)) for given in ("yes", "no"))
+    fixed = read(model, True)
+    expected, found = course(read(model, False), selector), course(fixed, selector)
+    assert (expected - course(read(model, False), plain)).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(course(fixed, selector), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["oracle", "h2o", "quest", "hash"])
 def test_measured_steps_between_them(model, method: str) -> None:
     selector = select(model, method)

@@ -155,6 +155,90 @@ def test_signatures_follow_the_cache(llama):
         assert cache.layers[0].side.nbytes() == 0
 
 
+def filling_maps(model) -> HashMaps:
+    base = describe(model)
+    torch.manual_seed(1)
+    table = torch.randn(len(base.layers), base.num_attention_heads, 3) * 0.3
+    return HashMaps(MapsConfig(bits=32, widths=(16,)), base, remainder=table.tolist())
+
+
+def test_sums_for_the_remainder_follow_the_cache(llama, monkeypatch):
+    """After beams, crops, repeats and selections the kept sums are those of the keys and values in the cache."""
+    monkeypatch.setattr("hashattention.selectors.remainder.BLOCK", 8)
+    ids, mask = prompt()
+    cache = DynamicCache(config=llama.config)
+
+    def verify(blocks, starts):
+        for layer in cache.layers:
+            held = layer.side.held("sums")
+            assert held.shape[:3] == (len(starts), 2, blocks)
+            for request, start in enumerate(starts):
+                for block in range(blocks):
+                    span = slice(start, 8 * block + 8)
+                    both = torch.cat([layer.keys, layer.values], -1)[request, :, span].sum(1)
+                    torch.testing.assert_close(held[request, :, block, :-1], both, rtol=1e-5, atol=1e-5)
+                    assert (held[request, :, block, -1] == 8 * block + 8 - start).all()
+
+    with torch.no_grad(), hashattention.attach(llama, filling_maps(llama), FEW, min_context=0):
+        llama.generate(ids, attention_mask=mask, max_new_tokens=12, num_beams=3, past_key_values=cache)
+        verify(6, [7, 7, 7, 0, 0, 0])
+        cache.crop(-9)
+        verify(5, [7, 7, 7, 0, 0, 0])
+        cache.batch_select_indices(torch.tensor([4, 0]))
+        verify(5, [0, 7])
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([3, 3, 0, 1]))
+        verify(5, [7, 7, 0, 0])
+        tail = torch.ones(4, 42, dtype=torch.long)
+        tail[:2, :7] = 0
+        for _ in range(7):
+            tail = torch.cat([tail, tail[:, -1:]], 1)
+            llama(torch.randint(3, 128, (4, 1)), attention_mask=tail, past_key_values=cache)
+        assert cache.get_seq_length() == 49
+        verify(6, [7, 7, 0, 0])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_where_all_tokens_are_taken_the_remainder_changes_nothing(llama, beams, monkeypatch):
+    """The cache has slots of padding more than any request has tokens, so that none is attended densely."""
+    monkeypatch.setattr("hashattention.selectors.remainder.BLOCK", 8)
+    ids, mask = prompt()
+    mask[1, :7] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "num_beams": beams}
+    dense, steps = llama.generate(ids, **settings), []
+    few, cover = Budget(heavy=3, sink=1, local=2), Budget(heavy=38, sink=0, local=1)
+    with hashattention.attach(llama, filling_maps(llama), cover, min_context=0, observer=lambda *s: steps.append(s)):
+        assert torch.equal(llama.generate(ids, **settings), dense)
+    assert steps and all(chosen.remainder is not None for _, chosen, _ in steps)
+    found = []
+    for selector in (HashSelector(filling_maps(llama), remainder=filled) for filled in (True, False)):
+        cache = DynamicCache(config=llama.config)
+        with torch.no_grad(), hashattention.attach(llama, selector, few, min_context=0):
+            llama(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+            found.append(llama(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_a_ragged_second_turn_with_a_remainder(llama, monkeypatch):
+    """Padding between real tokens is not in the mean."""
+    monkeypatch.setattr("hashattention.selectors.remainder.BLOCK", 8)
+    ids, mask = prompt(padding=0)
+    mask[1, 30:] = 0
+    more = torch.cat([ids, ids[:, :5]], 1)
+    more_mask = torch.cat([mask, torch.ones(2, 5, dtype=mask.dtype)], 1)
+    positions, cache, seen = (more_mask.cumsum(1) - 1).clamp(min=0), DynamicCache(config=llama.config), []
+    served = {"min_context": 0, "observer": lambda *row: seen.append(row)}
+    with torch.no_grad(), hashattention.attach(llama, filling_maps(llama), FEW, **served):
+        for part in (slice(0, 40), slice(40, 43), slice(43, 44), slice(44, 45)):
+            given = {"attention_mask": more_mask[:, : part.stop], "position_ids": positions[:, part]}
+            llama(more[:, part], past_key_values=cache, **given)
+    assert len(seen) == 4
+    for step, chosen, out in seen:
+        assert chosen.remainder.sums[1, 0, -1] == step.extent.mask[1, : step.extent.tokens // 8 * 8].sum()
+        afresh = HashSelector(filling_maps(llama)).attend(dataclasses.replace(step, side=TokenCache()))
+        torch.testing.assert_close(out, afresh, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("full", ["budget", "selector"])
 def test_a_second_turn_on_the_kept_cache_equals_dense(model, full):
     """Covering everything by the budget, or selecting every token, over two turns of one conversation."""
@@ -173,18 +257,22 @@ def test_a_second_turn_on_the_kept_cache_equals_dense(model, full):
         assert torch.equal(converse(), dense)
 
 
-def test_a_second_turn_reuses_the_signatures_of_the_first(llama):
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_second_turn_reuses_the_signatures_of_the_first(llama, filled, monkeypatch):
     """Few tokens, two turns: the kept cache selects what signatures made afresh from its keys select."""
+    monkeypatch.setattr("hashattention.selectors.remainder.BLOCK", 8)
     ids, _ = prompt(batch=1, padding=0)
-    maps, budget, cache = random_maps(llama), Budget(heavy=8, sink=2, local=3), DynamicCache(config=llama.config)
+    maps, budget = filling_maps(llama) if filled else random_maps(llama), Budget(heavy=8, sink=2, local=3)
+    cache = DynamicCache(config=llama.config)
     seen = []
     with hashattention.attach(llama, maps, budget, min_context=0, observer=lambda *row: seen.append(row)):
         first = llama.generate(ids, max_new_tokens=5, past_key_values=cache)
         llama.generate(torch.cat([first, ids[:, :6]], 1), max_new_tokens=5, past_key_values=cache)
     assert {step.extent.tokens for step, _, _ in seen} == {41, 42, 43, 44, 52, 53, 54, 55}
-    for step, chosen, _ in seen:
+    for step, chosen, out in seen:
         afresh = HashSelector(maps).select(dataclasses.replace(step, side=TokenCache()))
         assert torch.equal(chosen.indices, afresh.indices)
+        torch.testing.assert_close(out, step.attend(afresh), rtol=1e-5, atol=1e-6)
 
 
 def test_a_ragged_second_turn_has_holes_in_its_mask(llama):

@@ -51,7 +51,7 @@ def served_error(selector, store, budget):
                 rows = torch.arange(position + 1, dtype=torch.int32).expand(1, 6, -1).contiguous()
                 full = rows, torch.full((1, 6), position + 1, dtype=torch.int32)
                 dense, _ = ops.attend(query, key, value, *full, scale=0.3, backend="reference")
-                out, _ = ops.attend(query, key, value, chosen.indices, chosen.counts, scale=0.3, backend="reference")
+                out = step.attend(chosen)
                 error = (out - dense).norm(dim=-1) / dense.norm(dim=-1)
                 total[row] += error.double().mean() / 8
     return total
@@ -78,6 +78,24 @@ def test_shares_are_served_as_they_are_measured(config):
     found = metrics.measure(store, BASE, {"hash": maps}, BUDGETS, device=torch.device("cpu"))["hash"]
     expected = served_error(HashSelector(maps, backend="reference"), store, BUDGETS[0])
     torch.testing.assert_close(found[0, :, 0], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_remainder_is_served_as_it_is_measured(config, monkeypatch):
+    """Blocks of one token, so that the served mean is of all tokens, as the measured one is."""
+    monkeypatch.setattr("hashattention.selectors.remainder.BLOCK", 1)
+    store = held_out()
+    torch.manual_seed(1)
+    remainder = (torch.randn(2, 6, 3) * 0.5 - 0.3).tolist()
+    maps = HashMaps(config, BASE, remainder=remainder).requires_grad_(False)
+    methods = {"hash": maps, metrics.FILLED: maps}
+    found = metrics.measure(store, BASE, methods, BUDGETS, device=torch.device("cpu"))
+    for place, budget in enumerate(BUDGETS):
+        for name, filled in (("hash", False), (metrics.FILLED, True)):
+            expected = served_error(HashSelector(maps, backend="reference", remainder=filled), store, budget)
+            torch.testing.assert_close(found[name][place, :, 0], expected, atol=1e-5, rtol=1e-4)
+    assert (found["hash"][..., 0] - found[metrics.FILLED][..., 0]).abs().min() > 1e-3
+    assert torch.equal(found["hash"][..., 1:], found[metrics.FILLED][..., 1:])
 
 
 @pytest.mark.parametrize(("name", "share"), [("exact_shared_peak", "group"), ("exact_per_head", "query_head")])

@@ -38,6 +38,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     multiprocessing.spawn(work, (2, free_port(), texts, tmp_path / "two"), nprocs=2)
     one, two = (HashMaps.from_pretrained(tmp_path / name) for name in ("one", "two"))
     assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
+    assert two.remainder == one.remainder is not None
     assert two.model == one.model and two.training_info["metrics"] == alone["metrics"]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["config.json", "model.safetensors"]
 

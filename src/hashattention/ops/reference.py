@@ -260,6 +260,7 @@ def add_remainder(
     mean_weight = logsumexp[..., 0] - number_taken.log()
     a, b, c = coefficients.unbind(-1)
     less = a + b * (mu - mean_weight) + c * (number_taken / (number_taken + left)).log()
-    # Nothing taken has no output to mix: NaN there.
-    share = ((left / number_taken).log() + less.clamp(max=0)).sigmoid().nan_to_num(0.0)[..., None, None]
-    return (out + share * (mean[:, :, None, dim:] - out)).to(out.dtype)
+    share = ((left / number_taken).log() + less.clamp(max=0)).sigmoid()
+    # Nothing taken has no output to mix.
+    share = torch.where(number_taken > 0, share, 0)[..., None, None]
+    return (out + share * (mean[:, :, None, dim:] - out)).to(out.dtype).contiguous()

@@ -113,7 +113,7 @@ class HashSelector(Selector):
         """What stands for the tokens left out; None without one, or in too short a cache."""
         if not self.remainder:
             return None
-        sums = running_sums(step.key, step.value, step.rows("group"), step.extent.tokens, step.side)
+        sums = running_sums(step.key, step.value, step.rows("group"), step.extent, step.side)
         if sums is None:
             return None
         if self._coefficients is None or self._coefficients.device != step.key.device:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hashattention import ops
 from hashattention.cache import TokenCache
-from hashattention.rows import Rows
+from hashattention.rows import Extent, Rows
 
 SUMS = "sums"
 #: Sums are kept at the end of every block of this many tokens; a last block that is not whole stays out of the mean.
@@ -36,13 +36,14 @@ class Remainder:
         return ops.add_remainder(out, logsumexp, query, *known, scale=scale, softcap=softcap)
 
 
-def running_sums(key: Tensor, value: Tensor, rows: Rows, tokens: int, side: TokenCache) -> Tensor | None:
-    """The keys and values of all valid tokens in whole blocks of the first `tokens`, summed, and their number: float32
+def running_sums(key: Tensor, value: Tensor, rows: Rows, extent: Extent, side: TokenCache) -> Tensor | None:
+    """The keys and values of all valid tokens in whole blocks of the cache, summed, and their number: float32
     ``[B, Hkv, D + Dv + 1]``; None where no block is whole.
 
     Each block's sum is made once and holds all before it, so that a step reads one row of them, and a crop goes back.
+    Blocks are of slots, padding counted: it moves the border behind which the newest tokens are left out of the mean.
     """
-    whole = tokens // BLOCK
+    whole = extent.tokens // BLOCK
     if not whole:
         return None
 
@@ -53,7 +54,12 @@ def running_sums(key: Tensor, value: Tensor, rows: Rows, tokens: int, side: Toke
         sums = torch.cat([_sum_blocks(key[:, :, s], value[:, :, s], valid[:, s]) for s in spans], 2).cumsum(2)
         return sums + side.held(SUMS)[:, :, -1:] if first else sums
 
-    return side.extend(SUMS, whole, make, stride=BLOCK)[:, :, -1]
+    sums = side.extend(SUMS, whole, make, stride=BLOCK)
+    if extent.ends_full:
+        return sums[:, :, -1]
+    # Slots may lie behind every row's end, in a cache with room: the last block that is filled is known there alone.
+    filled = extent.whole_blocks(BLOCK)
+    return sums.index_select(2, (filled - 1).clamp(min=0)).squeeze(2) * (filled > 0)
 
 
 def _sum_blocks(key: Tensor, value: Tensor, valid: Tensor) -> Tensor:

@@ -112,8 +112,11 @@ class LeftOut:
 
     def features(self) -> tuple[Tensor, Tensor]:
         """What the coefficients b and c multiply, ``[Hq, N, 2]``, and the offset ``log(left / taken)`` ``[Hq, N]``."""
-        density = (self.taken / self.length).log()
-        return torch.stack([self.less, density], -1), ((self.length - self.taken) / self.taken).log()
+        some, taken = self.taken > 0, self.taken.clamp(min=1)
+        features = torch.stack([self.less, (taken / self.length).log()], -1)
+        offset = ((self.length - taken) / taken).log()
+        # Where nothing was taken, nothing is filled in.
+        return features.masked_fill(~some[..., None], 0), offset.masked_fill(~some, -torch.inf)
 
     def fill(self, coefficients: Tensor) -> Tensor:
         """The output with the mean value for the tokens left out: `ops.add_remainder` for all queries at once."""

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from hashattention.ops.triton import (
+    add_remainder,
     attend,
     decode,
     decode_step,
@@ -116,6 +117,8 @@ def main(arch: int) -> None:
     short = k.to(torch.float8_e4m3fn if arch >= 89 else torch.float8_e5m2)
     attend(q, short, short, indices, budgets[..., 0], 0.1, v_scale=2.0)
     encode_signature(torch.zeros(1, heads, 256, 512, dtype=torch.bfloat16), maps, biases)
+    sums, logsumexp = torch.zeros(1, heads, 2 * dim + 1), torch.zeros(1, 4 * heads, 1)
+    add_remainder(q, logsumexp, q, sums, budgets[..., 0], bounds[1], torch.zeros(4 * heads, 3), 0.1, 30.0)
 
 
 if __name__ == "__main__":

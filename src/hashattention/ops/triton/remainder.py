@@ -32,8 +32,9 @@ def _add_remainder(
     some = tl.maximum(count, 1.0)
     left = tl.maximum(tl.load(lengths + request).to(tl.float32) - count, 0.0)
     mean_weight = tl.load(logsumexp + row) - tl.log(some)
-    a, b, c = (tl.load(coefficients + head * 3 + place) for place in tl.static_range(3))
-    less = tl.minimum(a + b * (mu - mean_weight) + c * tl.log(some / (some + left)), 0.0)
+    own = coefficients + head * 3
+    less = tl.load(own) + tl.load(own + 1) * (mu - mean_weight) + tl.load(own + 2) * tl.log(some / (some + left))
+    less = tl.minimum(less, 0.0)
     weight = left / some * tl.exp(less)
     share = tl.where((count > 0) & (number > 0), weight / (1.0 + weight), 0.0)
     at = tl.arange(0, VALUE_TILE)
