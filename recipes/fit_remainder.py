@@ -10,6 +10,7 @@ sequences and writes its coefficients to a file of their own, for `recipes/measu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -28,6 +29,10 @@ from hashattention.train.text import sequences
 def main() -> None:
     given = parse()
     loaded = load_model(given.model, device=given.device, dtype=given.dtype and getattr(torch, given.dtype))
+    if given.tokenizer:
+        from transformers import AutoTokenizer
+
+        loaded = dataclasses.replace(loaded, tokenizer=AutoTokenizer.from_pretrained(given.tokenizer))
     maps = HashMaps.from_pretrained(given.maps).to(given.device)
     text = sequences(
         loaded.tokenizer, given.text, context=max(given.lengths), count=given.count, held_out=0, lengths=given.lengths
@@ -63,6 +68,7 @@ def dump(value: object) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--tokenizer", help="a folder whose tokenizer is taken in place of the model's own")
     parser.add_argument("maps", type=Path, help="a maps folder")
     parser.add_argument("--text", action="append", required=True, help="training text; may be repeated")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192])

@@ -13,6 +13,7 @@ def test_what_the_folder_holds(invoke, last_json, tiny_maps_folder: Path) -> Non
     assert found["maps"]["bits"] == 32
     assert found["base_model"]["num_key_value_heads"] == 2
     assert found["cost"]["share_of_kv_bytes"] == 32 / (2 * 16 * 16)
+    assert found["holds"] == []
     assert found["files"][WEIGHTS_FILE] == (tiny_maps_folder / WEIGHTS_FILE).stat().st_size
     assert "32 bits" in done.stderr
     assert "6.25%" in done.stderr

@@ -25,6 +25,7 @@ def inspect(
         "base_model": dataclasses.asdict(loaded.model),
         "maps": dataclasses.asdict(loaded.config),
         "cost": rows.cost(loaded),
+        "holds": [name for name in ("shares", "temperatures", "remainder") if getattr(loaded, name) is not None],
         "files": {name: (folder / name).stat().st_size for name in (artifact.CONFIG_FILE, artifact.WEIGHTS_FILE)},
         "training": loaded.training_info,
     }

@@ -40,6 +40,7 @@ def fields(found: dict[str, Any]) -> list[list[str]]:
     rows[f"share of K and V bytes ({CACHE_BITS} bit)"] = f"{price['share_of_kv_bytes']:.2%}"
     rows["signatures per token, all layers"] = f"{price['bytes_per_token']:,.0f} bytes"
     rows["parameters"] = f"{price['parameters']:,}"
+    rows["beside the maps"] = ", ".join(found["holds"]) or "nothing"
     rows |= {f"file: {name}": f"{size / 1e6:,.2f} MB" for name, size in found["files"].items()}
     rows |= {f"training: {key}": value for key, value in _flat(training.get("origin", {})).items()}
     rows |= {f"recipe: {key}": value for key, value in _flat(training.get("recipe", {})).items()}

@@ -19,7 +19,7 @@ from hashattention.errors import ConfigError
 from hashattention.maps import HashMaps
 from hashattention.models.packaged import Progress
 from hashattention.selectors.lsh import draw_hyperplanes, linear_maps
-from hashattention.train import budgets, metrics, run, shards, temperatures
+from hashattention.train import budgets, metrics, remainder, run, shards, temperatures
 from hashattention.train.fit import CPU_BYTES, fit
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards
@@ -116,7 +116,7 @@ class Lab:
             self.tokenizer, self.texts, context=recipe.context, count=recipe.sequences, held_out=recipe.held_out,
             seed=recipe.seed, held_out_texts=self.held_out_texts, lengths=recipe.lengths, progress=self.progress,
         )  # fmt: skip
-        self.fingerprint = text.fingerprint
+        self.fingerprint, self.tokens = text.fingerprint, text.train[: remainder.SEQUENCES]
         self.captured = run.capture_all(self.model, self.base, text, recipe, None, {}, self.progress)
         for name, where in self.sweep.tests.items():
             other = sequences(
@@ -196,7 +196,14 @@ class Lab:
         trained = time.monotonic()
         if recipe.fit_budgets:
             maps.shares = self._shares(maps, held_out, recipe, base)
-        row = self._row(variant.name, layers, self._measure({"hash": maps}, held_out, layers))
+        methods: dict[str, HashMaps | None] = {"hash": maps}
+        if variant.save:
+            # As `train` leaves it; the model reads some sequences again, which would be slow for every variant.
+            always: dict[str, Any] = {"sink": recipe.sink, "local": recipe.local, "chunk": run.chunk_of(self.model)}
+            table = remainder.fit(self.model, base, maps, self.tokens, **always, progress=self.progress)
+            maps.remainder = remainder.as_remainder(table)
+            methods[metrics.FILLED] = maps
+        row = self._row(variant.name, layers, self._measure(methods, held_out, layers))
         bits = recipe.maps.bits * recipe.maps.signature_heads(base) // base.num_key_value_heads
         row |= {
             "recipe": recipe.as_dict(),
@@ -310,8 +317,8 @@ def by_layer(row: Row, reference: Row) -> dict[str, Any]:
     budgets = []
     for ours, theirs in zip(row["budgets"], reference["budgets"], strict=True):
         found: Row = {name: ours[name] for name in ("heavy", "sink", "local")}
-        for name in ("hash", *metrics.EXACT):
-            table = ours[name] if name == "hash" else theirs[name]
+        for name in ("hash", metrics.FILLED, *metrics.EXACT):
+            table = ours[name] if name in ours else theirs[name]
             found[name] = {field: table[field] for field in (*metrics.FIELDS, "ratio")}
             for field in metrics.FIELDS if name == "hash" else metrics.FIELDS[:1]:
                 means = [sum(heads) / len(heads) for heads in table[f"{field}_by_head"]]
