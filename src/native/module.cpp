@@ -1,15 +1,20 @@
 // The Python module: raw addresses and sizes in, nothing allocated; the Python side has checked shapes and owns memory.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
+#define HASHATTENTION_ISA hashattention_module
 #include "kernels.hpp"
+#include "remainder.hpp"
 
 namespace nb = nanobind;
 using namespace hashattention;
@@ -170,6 +175,28 @@ NB_MODULE(_native, m) {
         [](Attention a, uintptr_t indices, uintptr_t counts, int64_t slots) {
             a.indices = at<const int32_t>(indices), a.counts = at<const int32_t>(counts), a.slots = slots;
             active.load()->attend(a);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "add_remainder",
+        [](uintptr_t out, int dtype, uintptr_t logsumexp, std::tuple<uintptr_t, int64_t, int64_t> query,
+           std::tuple<uintptr_t, int64_t, int64_t> sums, uintptr_t taken, uintptr_t lengths, uintptr_t coefficients,
+           std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes, float scale, float softcap,
+           uintptr_t mixed) {
+            const auto [q, q_request, q_head] = query;
+            const auto [s, s_request, s_head] = sums;
+            const auto [batch, heads, kv_heads, selection_heads, dim, value_dim] = sizes;
+            const hashattention_module::Remainder r{
+                at<const void>(q),         q_request,    q_head,
+                at<const float>(s),        at<const float>(logsumexp), at<const float>(coefficients),
+                s_request,                 s_head,       at<const int32_t>(taken),
+                at<const int32_t>(lengths), batch,       heads,
+                kv_heads,                  selection_heads, dim,
+                value_dim,                 scale,        softcap};
+            hashattention_module::with_values(static_cast<Dtype>(dtype), at<const void>(out), [&](const auto* values) {
+                using Value = std::remove_const_t<std::remove_pointer_t<decltype(values)>>;
+                hashattention_module::add_remainder(r, values, at<Value>(mixed));
+            });
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(

@@ -19,6 +19,7 @@ try:
     # torch is imported above: its OpenMP library is the one the kernels then use, so there is one pool of threads.
     from hashattention.ops.cpu import native
     from hashattention.ops.cpu.native import (
+        add_remainder,
         attend,
         decode,
         decode_step,
@@ -35,6 +36,7 @@ except ImportError as error:
 
 __all__ = [
     "MISSING",
+    "add_remainder",
     "attend",
     "decode",
     "decode_step",

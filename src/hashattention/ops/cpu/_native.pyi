@@ -89,4 +89,19 @@ def select(
 ) -> None: ...
 def score_select(codes: Codes, bounds: Bounds, indices: int, counts: int, /) -> None: ...
 def attend(attention: Attention, indices: int, counts: int, slots: int, /) -> None: ...
+def add_remainder(
+    out: int,
+    dtype: int,
+    logsumexp: int,
+    query: tuple[int, int, int],
+    sums: tuple[int, int, int],
+    taken: int,
+    lengths: int,
+    coefficients: int,
+    sizes: tuple[int, int, int, int, int, int],
+    scale: float,
+    softcap: float,
+    mixed: int,
+    /,
+) -> None: ...
 def decode(encoding: Encoding, codes: Codes, bounds: Bounds, attention: Attention, key: Encoding | None) -> None: ...

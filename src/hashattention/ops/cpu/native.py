@@ -239,6 +239,33 @@ def attend(
     return out, logsumexp
 
 
+def add_remainder(
+    out: Tensor,
+    logsumexp: Tensor,
+    q: Tensor,
+    sums: Tensor,
+    taken: Tensor,
+    lengths: Tensor,
+    coefficients: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    """As `reference.add_remainder`."""
+    out, logsumexp, taken = out.contiguous(), logsumexp.contiguous(), taken.contiguous()
+    lengths, coefficients = lengths.contiguous(), coefficients.contiguous()
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    sums = sums if sums.stride(-1) == 1 else sums.contiguous()
+    batch, heads, _, dim = q.shape
+    mixed = torch.empty_like(out)
+    _native.add_remainder(
+        out.data_ptr(), DTYPES[out.dtype], logsumexp.data_ptr(), (q.data_ptr(), q.stride(0), q.stride(1)),
+        (sums.data_ptr(), sums.stride(0), sums.stride(1)), taken.data_ptr(), lengths.data_ptr(),
+        coefficients.data_ptr(), (batch, heads, sums.shape[1], taken.shape[1], dim, out.shape[3]), scale, softcap,
+        mixed.data_ptr(),
+    )  # fmt: skip
+    return mixed
+
+
 def decode(
     q: Tensor,
     k: Tensor,
