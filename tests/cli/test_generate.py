@@ -175,3 +175,18 @@ def test_top_p_shows_what_was_attended(
 def test_top_p_without_temperatures_is_refused(refused, tiny_model_folder, tiny_maps_folder, prompt_file) -> None:
     words = "generate", tiny_model_folder, "--maps", tiny_maps_folder, "--prompt-file", prompt_file, "--top-p", 0.9
     assert "these maps have none" in refused(*words)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_without_the_remainder_maps_are_served_as_if_they_had_none(
+    invoke, last_json, tmp_path, tiny_model_folder, tiny_maps_folder, prompt_file, both: bool
+) -> None:
+    maps = HashMaps.from_pretrained(tiny_maps_folder)
+    # What was left out weighs as much a token as what was taken: other words follow.
+    maps.remainder = tuple(((9.0, 0.0, 0.0),) * maps.model.num_attention_heads for _ in maps.model.layers)
+    maps.save_pretrained(tmp_path / "maps")
+    rest = *FEW, "--prompt-file", prompt_file, "--density", 0.1, "--json", *(["--compare"] if both else [])
+    ways = [(tiny_maps_folder,), (tmp_path / "maps", "--no-remainder"), (tmp_path / "maps",)]
+    found = [last_json(invoke("generate", tiny_model_folder, "--maps", *way, *rest)) for way in ways]
+    plain, without, filled = [(row["hash"] if both else row)["text"] for row in found]
+    assert plain == without != filled

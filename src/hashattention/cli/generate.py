@@ -31,6 +31,9 @@ def generate(
         float | None,
         typer.Option(help="Take only the heavy tokens that hold this share of the estimated attention, in (0, 1]."),
     ] = None,
+    remainder: Annotated[
+        bool, typer.Option(help="Let the mean value stand for the tokens left out, where the maps know how.")
+    ] = True,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation, in tokens.")] = 128,
     min_context: Annotated[int, typer.Option(min=0, help="Shorter contexts are attended densely.")] = 1024,
     dense: Annotated[bool, typer.Option("--dense", help="The model's own attention; needs no maps.")] = False,
@@ -64,6 +67,8 @@ def generate(
     loaded_maps = None if dense or maps is None else HashMaps.from_pretrained(maps)
     if loaded_maps is not None:
         HashSelector(loaded_maps).check_budget(budget)
+        if not remainder:
+            loaded_maps.remainder = None
     where = parse_device(device)
     kind = parse_dtype(dtype, where)
     with progress(console()) as report:
