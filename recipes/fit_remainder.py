@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -47,22 +46,9 @@ def main() -> None:
             continue
         table = fit(loaded.model, maps.model, chosen, text, sink=16, local=64, chunk=chunk, progress=tell)
         if where is None:
-            write_maps(given.maps, as_remainder(table))
+            artifact.write_config(given.maps, {**artifact.read_config(given.maps), "remainder": as_remainder(table)})
         else:
-            where.write_text(dump(as_remainder(table)), encoding="utf-8")
-
-
-def write_maps(folder: Path, remainder: object) -> None:
-    """Put `remainder` into a folder's config.json; a killed write leaves the old one."""
-    path = folder / artifact.CONFIG_FILE
-    config = {**json.loads(path.read_text(encoding="utf-8")), "remainder": remainder}
-    part = path.with_suffix(".part")
-    part.write_text(dump(config), encoding="utf-8")
-    os.replace(part, path)
-
-
-def dump(value: object) -> str:
-    return json.dumps(value, indent=2) + "\n"
+            where.write_text(json.dumps(as_remainder(table)) + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:

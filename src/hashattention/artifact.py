@@ -37,11 +37,15 @@ def write(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Ma
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
     partial.replace(target / WEIGHTS_FILE)
     version = FORMAT_VERSION if any(name.endswith(PEAK) for name in tensors) else 1
-    document = {"format": FORMAT, "format_version": version, **config}
-    partial = target / f".{CONFIG_FILE}.partial"
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    partial.replace(target / CONFIG_FILE)
+    write_config(target, {"format": FORMAT, "format_version": version, **config})
     return target
+
+
+def write_config(folder: Path, document: Mapping[str, Any]) -> None:
+    """Write a folder's ``config.json``, whole or not at all."""
+    partial = folder / f".{CONFIG_FILE}.partial"
+    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / CONFIG_FILE)
 
 
 def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

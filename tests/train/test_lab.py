@@ -87,6 +87,7 @@ def test_what_is_done_stays_when_a_study_ends_early(tmp_path, monkeypatch):
     assert saved.training_info["recipe"]["steps"] == 2 and saved.temperatures is not None
     row = json.loads(lines[1])["budgets"][0]["hash"]
     stored = saved.training_info["metrics"]["budgets"][0]
+    assert saved.remainder is not None and stored["hash_remainder"]["error"] < stored["hash"]["error"]
     assert stored["hash"]["error"] == row["error"] and stored["exact_shared"]["ratio"] == 1
     assert stored["hash"]["error_by_layer"] == [pytest.approx(sum(h) / len(h), abs=1e-4) for h in row["error_by_head"]]
     monkeypatch.setattr(module, "fit", fit)

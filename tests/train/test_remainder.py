@@ -40,12 +40,13 @@ def left_out(store, maps, row, heavy=remainder.HEAVY):
         exact = Exact.of(sample, 4, 16)
         name = "exact_shared" if maps is None else "hash"
         scores = method_scores(name, maps, exact, sample, BASE, row)
-        yield from ((sample, exact.leave_out(one)) for one in choose(scores, sample.positions, budgets))
+        for one in choose(scores, sample.positions, budgets):
+            yield sample, exact.leave_out(one), exact.attend(one)[0]
 
 
 def error(store, maps, row, coefficients):
     """The mean error of the output of every query head, ``[Hq]``."""
-    rests = [rest for _, rest in left_out(store, maps, row)]
+    rests = [rest for _, rest, _ in left_out(store, maps, row)]
     dense, filled = (torch.stack(each) for each in zip(*((r.dense, r.fill(coefficients)) for r in rests), strict=True))
     return ((filled - dense).norm(dim=-1) / dense.norm(dim=-1)).double().mean((0, 2))
 
@@ -54,11 +55,11 @@ def error(store, maps, row, coefficients):
 def test_filling_is_the_op_fed_by_hand(config):
     store, maps = samples(tiny_recipe(queries=5, step_queries=5), 2), some_maps(config)
     coefficients = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    for sample, rest in left_out(store, maps, 1, (1 / 8, 1 / 32, 1.0)):
+    for sample, rest, chosen in left_out(store, maps, 1, (1 / 8, 1 / 32, 1.0)):
         filled = rest.fill(coefficients)
         for n, position in enumerate(sample.positions.tolist()):
             q, key, value = sample.query[:, :, n, None], sample.key[:, :, : position + 1], sample.value
-            rows = [row[n].nonzero()[:, 0].int() for row in rest.chosen]
+            rows = [row[n].nonzero()[:, 0].int() for row in chosen]
             taken = torch.tensor([[len(row) for row in rows]], dtype=torch.int32)
             indices = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[None]
             value, scale = value[:, :, : position + 1], sample.scale[0].item()
@@ -72,7 +73,7 @@ def test_filling_is_the_op_fed_by_hand(config):
 def test_the_statistics_give_the_error():
     store, maps = samples(tiny_recipe(), 1), some_maps()
     coefficients = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    for _, rest in left_out(store, maps, 0):
+    for _, rest, _ in left_out(store, maps, 0):
         found = rest.statistics().double()
         less = coefficients[:, None, 0] + (found[..., :2] * coefficients[:, None, 1:]).sum(-1)
         share = (found[..., 2] + less.clamp(max=0)).sigmoid()
@@ -121,9 +122,9 @@ def planted(noise):
     taken = (length * torch.rand(heads, queries, generator=random).clamp(0.02, 0.3)).long()
     less = torch.randn(heads, queries, generator=random) - 3
     dense = torch.zeros_like(kept)
-    rest = LeftOut(torch.ones(0), torch.ones(0), kept, dense, mean_value, less, taken, length)
+    rest = LeftOut(kept, dense, mean_value, less, taken, length)
     dense = rest.fill(wanted) + noise * torch.randn(kept.shape, generator=random)
-    return wanted, LeftOut(rest.chosen, rest.mass, kept, dense, mean_value, less, taken, length)
+    return wanted, LeftOut(kept, dense, mean_value, less, taken, length)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02])

@@ -19,7 +19,7 @@ from hashattention.errors import ConfigError
 from hashattention.maps import HashMaps
 from hashattention.models.packaged import Progress
 from hashattention.selectors.lsh import draw_hyperplanes, linear_maps
-from hashattention.train import budgets, metrics, remainder, run, shards, temperatures
+from hashattention.train import budgets, metrics, run, shards, temperatures
 from hashattention.train.fit import CPU_BYTES, fit
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards
@@ -116,7 +116,7 @@ class Lab:
             self.tokenizer, self.texts, context=recipe.context, count=recipe.sequences, held_out=recipe.held_out,
             seed=recipe.seed, held_out_texts=self.held_out_texts, lengths=recipe.lengths, progress=self.progress,
         )  # fmt: skip
-        self.fingerprint, self.tokens = text.fingerprint, text.train[: remainder.SEQUENCES]
+        self.text, self.fingerprint = text, text.fingerprint
         self.captured = run.capture_all(self.model, self.base, text, recipe, None, {}, self.progress)
         for name, where in self.sweep.tests.items():
             other = sequences(
@@ -199,9 +199,7 @@ class Lab:
         methods: dict[str, HashMaps | None] = {"hash": maps}
         if variant.save:
             # As `train` leaves it; the model reads some sequences again, which would be slow for every variant.
-            always: dict[str, Any] = {"sink": recipe.sink, "local": recipe.local, "chunk": run.chunk_of(self.model)}
-            table = remainder.fit(self.model, base, maps, self.tokens, **always, progress=self.progress)
-            maps.remainder = remainder.as_remainder(table)
+            maps.remainder = run.fit_remainder(self.model, base, self.text, maps, recipe, progress=self.progress)
             methods[metrics.FILLED] = maps
         row = self._row(variant.name, layers, self._measure(methods, held_out, layers))
         bits = recipe.maps.bits * recipe.maps.signature_heads(base) // base.num_key_value_heads

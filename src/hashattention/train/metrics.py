@@ -6,6 +6,7 @@ What `HashSelector` and `ops.attend` give one query at a time, computed for all 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,44 +66,54 @@ class Exact:
         top = ranked.topk(min(RECALL_TOP, weights.shape[-1]), dim=-1).indices
         return cls(grouped, weights, value, weights @ value, heavy, top, sample.positions)
 
-    def leave_out(self, chosen: Tensor) -> LeftOut:
-        """Attention over the tokens `chosen` (bool ``[Hsel, N, T]``) alone, and what is known of the others."""
+    @functools.cached_property
+    def mean(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all causal tokens: logit of the mean key ``[Hq, N]``, mean value ``[Hq, N, Dv]``, number ``[N]``."""
+        causal = self.grouped[0, 0] > -torch.inf
+        number = causal.sum(-1)
+        mu = self.grouped.flatten(0, 1).masked_fill(~causal, 0).sum(-1) / number
+        return mu, (causal / number[:, None]) @ self.value, number
+
+    def attend(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens `chosen` (bool ``[Hsel, N, T]``) for every query head, the attention they have ``[Hq, N]``, and
+        the output over them alone.
+        """
         chosen = chosen.repeat_interleave(self.weights.shape[0] // chosen.shape[0], dim=0)
         kept = self.weights * chosen
-        mass = kept.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        causal = self.grouped[0, 0] > -torch.inf
-        length = causal.sum(-1)
-        mean_value = (causal / length[:, None]) @ self.value
-        logits = self.grouped.flatten(0, 1)
-        mu = logits.masked_fill(~causal, 0).sum(-1) / length
+        mass = kept.sum(-1)
+        out = (kept @ self.value) / mass.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+        return chosen, mass, out
+
+    def leave_out(self, chosen: Tensor) -> LeftOut:
+        """Attention over the tokens `chosen` (bool ``[Hsel, N, T]``), and what is known of the others."""
+        chosen, _, out = self.attend(chosen)
+        mu, mean_value, number = self.mean
+        logits = self.grouped.flatten(0, 1).masked_fill(~chosen, -torch.inf)
         taken = chosen.sum(-1)
-        mean_weight = logits.masked_fill(~chosen, -torch.inf).logsumexp(-1) - taken.log()
-        known = mu - mean_weight, taken, length
-        return LeftOut(chosen, mass, (kept @ self.value) / mass[..., None], self.out, mean_value, *known)
+        return LeftOut(out, self.out, mean_value, mu - (logits.logsumexp(-1) - taken.log()), taken, number)
 
     def quality(self, chosen: Tensor, remainder: Tensor | None = None) -> Tensor:
         """Error, kept mass and recall of the tokens `chosen` (bool ``[Hsel, N, T]``), float64 ``[Hkv, 3]``: means.
 
         With the coefficients of a `remainder` ``[Hq, 3]`` the mean value stands for the tokens left out.
         """
-        rest = self.leave_out(chosen)
-        out = rest.kept if remainder is None else rest.fill(remainder)
+        taken, mass, out = self.attend(chosen)
+        if remainder is not None:
+            out = self.leave_out(chosen).fill(remainder)
         error = (out - self.out).norm(dim=-1) / self.out.norm(dim=-1)
         is_candidate = self.heavy.expand_as(self.weights).gather(-1, self.top)
-        found = (rest.chosen.gather(-1, self.top) & is_candidate).sum(-1) / is_candidate.sum(-1).clamp(min=1)
-        means = torch.stack([error, rest.mass, found]).double().mean(-1)
+        found = (taken.gather(-1, self.top) & is_candidate).sum(-1) / is_candidate.sum(-1).clamp(min=1)
+        means = torch.stack([error, mass, found]).double().mean(-1)
         return means.unflatten(1, (self.grouped.shape[0], -1)).mean(-1).T
 
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """Attention over `chosen` tokens (bool ``[Hq, N, T]``) with weight `mass` ``[Hq, N]``: `kept` ``[Hq, N, Dv]``,
-    beside `dense`; and what `ops.add_remainder` knows of the others: `mean_value`, `less` (the logit of the mean key
-    less the logarithm of the mean weight taken), how many are `taken` ``[Hq, N]`` of a `length` ``[N]``.
+    """Attention over some tokens, `kept` ``[Hq, N, Dv]``, beside `dense`; and what `ops.add_remainder` knows of the
+    others: `mean_value`, `less` (the logit of the mean key less the logarithm of the mean weight taken) ``[Hq, N]``,
+    how many are `taken` ``[Hq, N]`` of a `length` ``[N]``.
     """
 
-    chosen: Tensor
-    mass: Tensor
     kept: Tensor
     dense: Tensor
     mean_value: Tensor
@@ -120,9 +131,7 @@ class LeftOut:
 
     def fill(self, coefficients: Tensor) -> Tensor:
         """The output with the mean value for the tokens left out: `ops.add_remainder` for all queries at once."""
-        (features, offset), own = self.features(), coefficients.to(self.kept.device, self.kept.dtype)
-        less = own[:, None, 0] + (features * own[:, None, 1:]).sum(-1)
-        share = (offset + less.clamp(max=0)).sigmoid()[..., None]
+        share = share_left(*self.features(), coefficients.to(self.kept.device, self.kept.dtype))[..., None]
         return self.kept + share * (self.mean_value - self.kept)
 
     def statistics(self) -> Tensor:
@@ -132,6 +141,14 @@ class LeftOut:
         size = self.dense.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         products = [(a * b).sum(-1) / size for a, b in ((missed, missed), (missed, step), (step, step))]
         return torch.cat([features, torch.stack([offset, *products], -1)], -1)
+
+
+def share_left(features: Tensor, offset: Tensor, coefficients: Tensor) -> Tensor:
+    """The share of the attention that was left out, by the formula of `ops.add_remainder`: ``[Hq, N]`` from what
+    `LeftOut.features` gives and coefficients ``[Hq, 3]``.
+    """
+    less = coefficients[:, None, 0] + (features * coefficients[:, None, 1:]).sum(-1)
+    return (offset + less.clamp(max=0)).sigmoid()
 
 
 def hash_scores(layer: LayerMaps, sample: Sample, selection_heads: int) -> Tensor:

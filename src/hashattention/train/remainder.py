@@ -15,7 +15,7 @@ from hashattention.config import BaseModel, Budget
 from hashattention.maps import HashMaps, check_remainder
 from hashattention.models.capture import Sample, capture
 from hashattention.models.packaged import Progress
-from hashattention.train.metrics import Exact, choose, method_scores
+from hashattention.train.metrics import Exact, choose, method_scores, share_left
 from hashattention.train.text import Texts, sequences
 
 if TYPE_CHECKING:
@@ -69,14 +69,13 @@ class Fit:
 
 def _minimise(statistics: Tensor) -> Tensor:
     """Coefficients ``[Hq, 3]`` with the least mean relative error over queries, from ``[Hq, N, 6]``."""
-    features, offset, error, cross, length = statistics.split([2, 1, 1, 1, 1], -1)
+    features, (offset, error, cross, length) = statistics[..., :2], statistics[..., 2:].unbind(-1)
     coefficients = torch.tensor(START, dtype=torch.float64).repeat(len(statistics), 1).requires_grad_()
     solver = torch.optim.LBFGS([coefficients], max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         solver.zero_grad()
-        less = coefficients[:, None, :1] + (features * coefficients[:, None, 1:]).sum(-1, keepdim=True)
-        share = (offset + less.clamp(max=0)).sigmoid()
+        share = share_left(features, offset, coefficients)
         squared = error + 2 * share * cross + share * share * length
         total = squared.clamp(min=1e-12).sqrt().mean(1).sum() + HOLD * coefficients.square().sum()
         total.backward()

@@ -214,14 +214,18 @@ def fit_remainder(
     text: Sequences,
     maps: HashMaps,
     recipe: Recipe,
-    ranks: Ranks,
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> remainder.Remainder:
-    """The remainder's coefficients, from the first training sequences, which the model reads again."""
+    """The remainder's coefficients, of all ranks' layers, from the first training sequences, which the model reads
+    again.
+    """
     tokens = text.train[: remainder.SEQUENCES]
-    options: dict[str, Any] = {"sink": recipe.sink, "local": recipe.local, "chunk": chunk_of(model)}
+    options: dict[str, Any] = {"sink": recipe.sink, "local": recipe.local, "chunk": _chunk(model)}
     table = remainder.fit(model, base, maps, tokens, **options, progress=progress)
-    return remainder.as_remainder(ranks.join_tables({"all": table[None]})["all"][0])
+    if ranks is not None:
+        table = ranks.join_tables({"all": table[None]})["all"][0]
+    return remainder.as_remainder(table)
 
 
 def measure(
@@ -249,10 +253,10 @@ def _budgets(recipe: Recipe) -> list[Budget]:
 def _capturing(model: Any, base: BaseModel, tokens: Tensor, positions: Tensor, value: bool) -> Callable[[], Sample]:
     from hashattention.models.capture import capture
 
-    return lambda: capture(model, base, tokens, positions, value=value, chunk=chunk_of(model))
+    return lambda: capture(model, base, tokens, positions, value=value, chunk=_chunk(model))
 
 
-def chunk_of(model: Any) -> int:
+def _chunk(model: Any) -> int:
     """A GPU reads much at once, and in one piece its attention is causal without a mask."""
     from hashattention.models.capture import CHUNK
 
