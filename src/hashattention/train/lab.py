@@ -114,7 +114,8 @@ class Lab:
             recipe = dataclasses.replace(recipe, weigh="value")
         text = sequences(
             self.tokenizer, self.texts, context=recipe.context, count=recipe.sequences, held_out=recipe.held_out,
-            seed=recipe.seed, held_out_texts=self.held_out_texts, lengths=recipe.lengths, progress=self.progress,
+            seed=recipe.seed, held_out_texts=self.held_out_texts, lengths=recipe.lengths,
+            recalls=recipe.recalls, progress=self.progress,
         )  # fmt: skip
         self.text, self.fingerprint = text, text.fingerprint
         self.captured = run.capture_all(self.model, self.base, text, recipe, None, {}, self.progress)

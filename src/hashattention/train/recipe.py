@@ -53,6 +53,9 @@ class Recipe:
         Training sequences, and sequences kept for the metrics (never trained on).
     queries, held_out_queries : int
         Query positions recorded per sequence.
+    recall : float
+        Share of the training sequences that give facts among rivals of the same form and ask for them at the end
+        (`recall.plant`), where half of their queries are recorded.
     sampling : {"stratified", "chunk_tail"}
         Where queries are taken: one from each of `queries` equal stretches after ``first_position * context``, or the
         last quarter of every 1024 tokens (the paper's).
@@ -120,6 +123,7 @@ class Recipe:
     held_out: int = 4
     queries: int = 512
     held_out_queries: int = 64
+    recall: float = 0.0
     sampling: Literal["stratified", "chunk_tail"] = "stratified"
     first_position: float = 0.125
     loss: Loss = "distill"
@@ -166,7 +170,7 @@ class Recipe:
         for name in (*_WHOLE, *_COUNTS):
             value, least = getattr(self, name), int(name in _WHOLE)
             _require(isinstance(value, int) and value >= least, name, f"a whole number >= {least}", value)
-        for name in ("first_position", "top_mix", "straight_through"):
+        for name in ("recall", "first_position", "top_mix", "straight_through"):
             _require(0 <= getattr(self, name) <= 1, name, "in 0..1", getattr(self, name))
         _require(0 <= self.average < 1, "average", "at least 0 and below 1", self.average)
         for name in ("learning_rate", "query_rate", "temper", "anneal"):
@@ -268,6 +272,11 @@ class Recipe:
     def length(self, sequence: int) -> int:
         """Tokens of a training sequence."""
         return self.lengths[sequence % len(self.lengths)] if self.lengths else self.context
+
+    def recalls(self, sequence: int) -> bool:
+        """Whether a training sequence asks for facts: whole turns of `lengths` do, evenly spread."""
+        turn = sequence // max(1, len(self.lengths))
+        return int((turn + 1) * self.recall) > int(turn * self.recall)
 
     def positions_from(self, length: int | None = None) -> range | list[int]:
         """Every position (in tokens) a query may be taken from in a sequence of `length` tokens, or of `context`."""

@@ -118,7 +118,8 @@ def train(
     base = ranks.share(whole)
     text = sequences(
         loaded.tokenizer, texts, context=recipe.context, count=recipe.sequences, held_out=recipe.held_out,
-        seed=recipe.seed, held_out_texts=held_out_texts, lengths=recipe.lengths, progress=progress,
+        seed=recipe.seed, held_out_texts=held_out_texts, lengths=recipe.lengths, recalls=recipe.recalls,
+        progress=progress,
     )  # fmt: skip
     folder = Path(out) / WORK
     own = folder if ranks.world == 1 else folder / f"rank-{ranks.rank}-of-{ranks.world}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from hashattention.config import BaseModel
 from hashattention.errors import CheckpointError
 from hashattention.models.capture import LAYERED, Sample
+from hashattention.train.recall import room
 from hashattention.train.recipe import Recipe
 
 MANIFEST = "manifest.json"
@@ -198,7 +199,7 @@ def capture_settings(recipe: Recipe, base: BaseModel, weights: str, texts: str) 
     model = {key: value for key, value in dataclasses.asdict(base).items() if key not in ("name", "frequencies")}
     # The texts last: their tokens depend on the context, and the cause is to be named, not its effect.
     some: dict[str, Any] = {"values": True} if recipe.weigh != "none" else {}
-    some |= {"lengths": recipe.lengths} if recipe.lengths else {}
+    some |= {name: value for name in ("lengths", "recall") if (value := getattr(recipe, name))}
     if recipe.keep_tokens:
         # What is kept beside the tokens is what they teach.
         taught = ("keep_tokens", "loss", "pool", "weigh", "top", "top_mix", "temper")
@@ -252,14 +253,25 @@ def check_disk(folder: Path, needed: int, allowed: int | None) -> None:
 
 def draw_positions(recipe: Recipe, sequence: int, *, held_out: bool) -> Tensor:
     """Positions int64 ``[N]``, ascending, at which queries of one sequence are recorded; fixed by the recipe's seed."""
-    allowed = torch.tensor(list(recipe.positions_from(None if held_out else recipe.length(sequence))))
+    length = None if held_out else recipe.length(sequence)
+    allowed = torch.tensor(list(recipe.positions_from(length)))
     count = min(recipe.held_out_queries if held_out else recipe.queries, len(allowed))
     if recipe.sampling == "chunk_tail" and not held_out:
         return allowed[-count:]
     generator = torch.Generator().manual_seed(hash_seed(recipe.seed, "positions", held_out, sequence))
+    if length is None or not recipe.recalls(sequence):
+        return _stratify(allowed, count, generator)
+    asking = min(room(length), len(allowed) - 1)
+    there = min(count // 2, asking)
+    return torch.cat(
+        [_stratify(allowed[:-asking], count - there, generator), _stratify(allowed[-asking:], there, generator)]
+    )
+
+
+def _stratify(allowed: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """One of each of `count` equal stretches."""
     edges = torch.arange(count + 1) * len(allowed) // count
-    drawn = edges[:-1] + (torch.rand(count, generator=generator) * (edges[1:] - edges[:-1])).long()
-    return allowed[drawn]
+    return allowed[edges[:-1] + (torch.rand(count, generator=generator) * (edges[1:] - edges[:-1])).long()]
 
 
 def hash_seed(*parts: Any) -> int:

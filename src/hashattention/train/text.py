@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hashattention.errors import MissingDependencyError, TextError
 from hashattention.models.packaged import Progress
+from hashattention.train.recall import plant
 
 #: The `datasets` name that is streamed when no text is given.
 DEFAULT_TEXT = "Skylion007/openwebtext"
@@ -47,11 +48,13 @@ def sequences(
     seed: int = 0,
     held_out_texts: Texts | None = None,
     lengths: Sequence[int] = (),
+    recalls: Callable[[int], bool] | None = None,
     progress: Progress | None = None,
 ) -> Sequences:
     """Cut `count` training and `held_out` held-out sequences of `context` tokens; the same call gives the same tokens.
 
-    Training sequences take `lengths` in turn, if there are any, in place of `context`.
+    Training sequences take `lengths` in turn, if there are any, in place of `context`; those that `recalls` names by
+    their number ask for facts (`recall.plant`).
 
     Parameters
     ----------
@@ -81,6 +84,8 @@ def sequences(
         ours, theirs = _split(sources, context, held_out, seed)
         held = cut(theirs, held_out, "held-out")
         train = cut(ours, count, "training", lengths)
+    for number in filter(recalls, range(count)) if recalls is not None else ():
+        train[number] = plant(tokenizer, train[number], random.Random(f"{seed} recall {number}"))
     return Sequences(train, held, _fingerprint([*train, *held]))
 
 
