@@ -97,7 +97,7 @@ def room(length: int) -> int:
     return min(1024, length // 8)
 
 
-def plant(tokenizer: Any, tokens: Tensor, chance: Chance) -> Tensor:
+def plant(tokenizer: Any, tokens: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
     """A sequence of the same length that gives facts and asks for them.
 
     Parameters
@@ -111,8 +111,10 @@ def plant(tokenizer: Any, tokens: Tensor, chance: Chance) -> Tensor:
 
     Returns
     -------
-    Tensor, int64 ``[T]``
+    tokens : Tensor, int64 ``[T]``
         The questions and answers are in the last `room` tokens.
+    facts : Tensor, int64 ``[F]``
+        The places of the facts' tokens, ascending.
     """
     special = list(tokenizer("")["input_ids"])
     begin = special[:1] if special[:1] == tokens[:1].tolist() else []
@@ -123,11 +125,13 @@ def plant(tokenizer: Any, tokens: Tensor, chance: Chance) -> Tensor:
     text = tokens[len(begin) :].tolist()
     text = text[: len(tokens) - len(head) - len(tail) - sum(map(len, said))]
     places = sorted(_line_end(tokenizer, text, chance.randrange(len(text))) for _ in said)
-    parts, last = list(head), 0
+    parts, last, marks = list(head), 0, list[int]()
     for place, fact in zip(places, said, strict=True):
-        parts += [*text[last:place], *fact]
+        parts += text[last:place]
+        marks += range(len(parts), len(parts) + len(fact))
+        parts += fact
         last = place
-    return torch.tensor([*parts, *text[last:], *tail], dtype=torch.int64)
+    return torch.tensor([*parts, *text[last:], *tail]), torch.tensor(marks, dtype=torch.int64)
 
 
 def _draw(tokenizer: Any, begin: list[int], most: int, chance: Chance) -> list[Fact]:

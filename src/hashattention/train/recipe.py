@@ -55,7 +55,7 @@ class Recipe:
         Query positions recorded per sequence.
     recall : float
         Share of the training sequences that give facts among rivals of the same form and ask for them at the end
-        (`recall.plant`), where half of their queries are recorded.
+        (`recall.plant`), where half of their queries are recorded; the facts are always among the `keep_tokens`.
     sampling : {"stratified", "chunk_tail"}
         Where queries are taken: one from each of `queries` equal stretches after ``first_position * context``, or the
         last quarter of every 1024 tokens (the paper's).

@@ -52,6 +52,8 @@ class Fit:
 
     def add(self, sample: Sample) -> None:
         """Take a sequence with values, of all layers of `base`, into account."""
+        if self.maps is not None:
+            self.maps.to(sample.key.device)
         for row in range(len(self.base.layers)):
             layer = sample.layers(row, row + 1)
             exact = Exact.of(layer, self.budgets[0].sink, self.budgets[0].local)
@@ -147,7 +149,6 @@ def calibrate(
         model.tokenizer, texts, context=max(lengths), count=count, held_out=0, seed=0, lengths=lengths,
         progress=progress,
     )  # fmt: skip
-    maps.to(next(model.model.parameters()).device)
     options: dict[str, int] = {"sink": sink, "local": local}
     table = fit(model.model, maps.model, maps, text.train, **options, chunk=chunk, progress=progress)
     maps.remainder = as_remainder(table)

@@ -183,7 +183,7 @@ def capture_all(
         value = held_out or recipe.weigh != "none"
         make = _capturing(model, base, tokens, positions, value)
         if recipe.keep_tokens and not held_out:
-            make = _thinning(make, recipe, base, number)
+            make = _thinning(make, recipe, base, number, text.facts.get(number))
         target.obtain(f"{number:05d}", make)
         if progress is not None:
             progress("capturing queries and keys", index + 1, total)
@@ -264,9 +264,11 @@ def _chunk(model: Any) -> int:
     return GPU_CHUNK if next(model.parameters()).is_cuda else CHUNK
 
 
-def _thinning(make: Callable[[], Sample], recipe: Recipe, base: BaseModel, number: int) -> Callable[[], Sample]:
+def _thinning(
+    make: Callable[[], Sample], recipe: Recipe, base: BaseModel, number: int, facts: Tensor | None
+) -> Callable[[], Sample]:
     generator = torch.Generator().manual_seed(shards.hash_seed(recipe.seed, "tokens", number))
-    return lambda: thin(make(), recipe, base, generator)
+    return lambda: thin(make(), recipe, base, generator, facts)
 
 
 def _load(

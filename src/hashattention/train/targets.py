@@ -122,12 +122,19 @@ class KeptTargets:
         return _among(decode(target), self.recipe)
 
 
-def thin(sample: Sample, recipe: Recipe, base: BaseModel, generator: torch.Generator) -> Sample:
+def thin(
+    sample: Sample, recipe: Recipe, base: BaseModel, generator: torch.Generator, always: Tensor | None = None
+) -> Sample:
     """`Recipe.keep_tokens` of a captured sequence's tokens and the targets of all its queries among them, a byte each.
 
-    More text fits in memory so. Targets are made from all tokens first: what a head gives to the others counts.
+    More text fits in memory so. Targets are made from all tokens first: what a head gives to the others counts. The
+    places `always` int64 ``[F]``, if there are any, are among the tokens that stay.
     """
     tokens = draw_tokens(sample.key.shape[2], recipe.keep_tokens, generator)
+    if tokens is not None and always is not None and len(always) < recipe.keep_tokens:
+        others = torch.ones(sample.key.shape[2], dtype=torch.bool).index_fill(0, always, False).nonzero().squeeze(1)
+        drawn = draw_tokens(len(others), recipe.keep_tokens - len(always), generator)
+        tokens = torch.cat([always, others[drawn]]).sort().values
     places = sample.key_positions() if tokens is None else tokens.to(sample.key.device)
     live, (layers, heads, queries, _) = LiveTargets(recipe, base), sample.query.shape
     every, parts = torch.arange(queries, device=sample.key.device), []

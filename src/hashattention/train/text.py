@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,14 @@ Texts = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """Token sequences, int64 ``[context]`` each; `fingerprint` identifies all of their tokens."""
+    """Token sequences, int64 ``[context]`` each; `fingerprint` identifies all of their tokens, and `facts` holds the
+    places int64 ``[F]`` of what was planted in a training sequence, by its number.
+    """
 
     train: list[Tensor]
     held_out: list[Tensor]
     fingerprint: str
+    facts: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def sequences(
@@ -84,9 +87,10 @@ def sequences(
         ours, theirs = _split(sources, context, held_out, seed)
         held = cut(theirs, held_out, "held-out")
         train = cut(ours, count, "training", lengths)
+    facts = {}
     for number in filter(recalls, range(count)) if recalls is not None else ():
-        train[number] = plant(tokenizer, train[number], random.Random(f"{seed} recall {number}"))
-    return Sequences(train, held, _fingerprint([*train, *held]))
+        train[number], facts[number] = plant(tokenizer, train[number], random.Random(f"{seed} recall {number}"))
+    return Sequences(train, held, _fingerprint([*train, *held]), facts)
 
 
 class _Cutter:
