@@ -33,9 +33,12 @@ def main() -> None:
 
         loaded = dataclasses.replace(loaded, tokenizer=AutoTokenizer.from_pretrained(given.tokenizer))
     maps = HashMaps.from_pretrained(given.maps).to(given.device)
+    # The later half asks for facts, if any does.
+    asking = range(given.count, 2 * given.count) if given.facts else range(0)
     text = sequences(
-        loaded.tokenizer, given.text, context=max(given.lengths), count=given.count, held_out=0, lengths=given.lengths
-    ).train
+        loaded.tokenizer, given.text, context=max(given.lengths), count=given.count + len(asking), held_out=0,
+        lengths=given.lengths, asks=asking.__contains__,
+    ).train  # fmt: skip
 
     def tell(what: str, done: int, total: int) -> None:
         sys.stderr.write(f"{what}: {done} of {total}\n")
@@ -44,7 +47,8 @@ def main() -> None:
     for chosen, where in ((maps, None), (None, given.exact)):
         if chosen is None and where is None:
             continue
-        table = fit(loaded.model, maps.model, chosen, text, sink=16, local=64, chunk=chunk, progress=tell)
+        options = {"sink": 16, "local": 64, "asking": asking, "chunk": chunk}
+        table = fit(loaded.model, maps.model, chosen, text, **options, progress=tell)
         if where is None:
             artifact.write_config(given.maps, {**artifact.read_config(given.maps), "remainder": as_remainder(table)})
         else:
@@ -59,6 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", action="append", required=True, help="training text; may be repeated")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192])
     parser.add_argument("--count", type=int, default=4, help="sequences, of these lengths in turn")
+    parser.add_argument("--facts", action="store_true", help="as many sequences again that ask for facts")
     parser.add_argument("--exact", type=Path, help="where to write the coefficients of exact shared selection")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="of the model; by default as stored")

@@ -19,7 +19,7 @@ from hashattention.errors import ConfigError
 from hashattention.maps import HashMaps
 from hashattention.models.packaged import Progress
 from hashattention.selectors.lsh import draw_hyperplanes, linear_maps
-from hashattention.train import budgets, metrics, run, shards, temperatures
+from hashattention.train import budgets, metrics, run, shards
 from hashattention.train.fit import CPU_BYTES, fit
 from hashattention.train.recipe import Recipe
 from hashattention.train.shards import MemoryShards
@@ -115,7 +115,7 @@ class Lab:
         text = sequences(
             self.tokenizer, self.texts, context=recipe.context, count=recipe.sequences, held_out=recipe.held_out,
             seed=recipe.seed, held_out_texts=self.held_out_texts, lengths=recipe.lengths,
-            recalls=recipe.recalls, progress=self.progress,
+            asks=recipe.asks, progress=self.progress,
         )  # fmt: skip
         self.text, self.fingerprint = text, text.fingerprint
         self.captured = run.capture_all(self.model, self.base, text, recipe, None, {}, self.progress)
@@ -220,8 +220,7 @@ class Lab:
         if variant.tests:
             row["tests"] = self._test(maps, layers)
         if variant.save:
-            table = temperatures.fit(held_out, base, maps, sink=recipe.sink, local=recipe.local, device=self.device)
-            maps.temperatures = temperatures.as_temperatures(table)
+            maps.temperatures = run.fit_temperatures(fewer, base, maps, recipe, self.device)
             maps.training_info = {key: row[key] for key in ("recipe", "text", "origin")}
             maps.training_info["metrics"] = by_layer(row, self._reference(layers))
             maps.cpu().save_pretrained(self.out / variant.name.replace("/", "-"), recipe.stored)

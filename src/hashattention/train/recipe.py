@@ -53,9 +53,9 @@ class Recipe:
         Training sequences, and sequences kept for the metrics (never trained on).
     queries, held_out_queries : int
         Query positions recorded per sequence.
-    recall : float
+    facts : float
         Share of the training sequences that give facts among rivals of the same form and ask for them at the end
-        (`recall.plant`), where half of their queries are recorded; the facts are always among the `keep_tokens`.
+        (`facts.plant`), where half of their queries are recorded; the facts are always among the `keep_tokens`.
     sampling : {"stratified", "chunk_tail"}
         Where queries are taken: one from each of `queries` equal stretches after ``first_position * context``, or the
         last quarter of every 1024 tokens (the paper's).
@@ -123,7 +123,7 @@ class Recipe:
     held_out: int = 4
     queries: int = 512
     held_out_queries: int = 64
-    recall: float = 0.0
+    facts: float = 0.0
     sampling: Literal["stratified", "chunk_tail"] = "stratified"
     first_position: float = 0.125
     loss: Loss = "distill"
@@ -170,7 +170,7 @@ class Recipe:
         for name in (*_WHOLE, *_COUNTS):
             value, least = getattr(self, name), int(name in _WHOLE)
             _require(isinstance(value, int) and value >= least, name, f"a whole number >= {least}", value)
-        for name in ("recall", "first_position", "top_mix", "straight_through"):
+        for name in ("facts", "first_position", "top_mix", "straight_through"):
             _require(0 <= getattr(self, name) <= 1, name, "in 0..1", getattr(self, name))
         _require(0 <= self.average < 1, "average", "at least 0 and below 1", self.average)
         for name in ("learning_rate", "query_rate", "temper", "anneal"):
@@ -273,10 +273,10 @@ class Recipe:
         """Tokens of a training sequence."""
         return self.lengths[sequence % len(self.lengths)] if self.lengths else self.context
 
-    def recalls(self, sequence: int) -> bool:
+    def asks(self, sequence: int) -> bool:
         """Whether a training sequence asks for facts: whole turns of `lengths` do, evenly spread."""
         turn = sequence // max(1, len(self.lengths))
-        return int((turn + 1) * self.recall) > int(turn * self.recall)
+        return int((turn + 1) * self.facts) > int(turn * self.facts)
 
     def positions_from(self, length: int | None = None) -> range | list[int]:
         """Every position (in tokens) a query may be taken from in a sequence of `length` tokens, or of `context`."""

@@ -5,8 +5,8 @@ Three numbers a query head (`ops.add_remainder`), fitted so that the output is a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from hashattention.config import BaseModel, Budget
 from hashattention.maps import HashMaps, check_remainder
 from hashattention.models.capture import Sample, capture
 from hashattention.models.packaged import Progress
+from hashattention.train.facts import room
 from hashattention.train.metrics import Exact, choose, method_scores, share_left
 from hashattention.train.text import Texts, sequences
 
@@ -25,7 +26,7 @@ Remainder = tuple[tuple[tuple[float, ...], ...], ...]
 
 #: Heavy budgets that one set of coefficients is to serve.
 HEAVY = (1 / 8, 1 / 16, 1 / 32, 1 / 64)
-#: Training sequences that are read again, and queries of each.
+#: Training sequences that are read again (as many of those that ask for facts), and queries of each.
 SEQUENCES, QUERIES = 4, 64
 #: Steps of the quasi-Newton method, and the weight of the coefficients' squares, which holds what the data leave open.
 STEPS, HOLD = 100, 1e-4
@@ -95,21 +96,32 @@ def fit(
     *,
     sink: int,
     local: int,
+    asking: Container[int] = (),
     chunk: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Coefficients for `maps` (None: for exact shared selection) from token sequences that `model` reads, one after the
     other, so that no more than one is held: float64 ``[L, Hq, 3]``.
+
+    Half of the queries of a sequence whose number is in `asking` lie where it asks for facts (`facts.plant`).
     """
     found = Fit(maps, base, sink=sink, local=local)
     for number, each in enumerate(tokens):
-        first = min(max(len(each) // 8, sink + local + 1), len(each) - 1)
-        positions = torch.linspace(first, len(each) - 1, QUERIES).long().unique()
+        positions = _positions(len(each), sink + local + 1, number in asking)
         options = {} if chunk is None else {"chunk": chunk}
         found.add(capture(model, base, each, positions, value=True, **options))
         if progress is not None:
             progress("fitting the remainder", number + 1, len(tokens))
     return found.solve()
+
+
+def _positions(length: int, least: int, asks: bool) -> Tensor:
+    """Where the queries of a sequence are, int64 ``[N]`` ascending."""
+    first, last = min(max(length // 8, least), length - 1), length - 1
+    parts = (
+        [(first, QUERIES)] if not asks else [(first, QUERIES // 2), (max(first, length - room(length)), QUERIES // 2)]
+    )
+    return torch.cat([torch.linspace(start, last, count).long() for start, count in parts]).unique()
 
 
 def as_remainder(table: Tensor) -> Remainder:
@@ -149,7 +161,7 @@ def calibrate(
         model.tokenizer, texts, context=max(lengths), count=count, held_out=0, seed=0, lengths=lengths,
         progress=progress,
     )  # fmt: skip
-    options: dict[str, int] = {"sink": sink, "local": local}
-    table = fit(model.model, maps.model, maps, text.train, **options, chunk=chunk, progress=progress)
+    options: dict[str, Any] = {"sink": sink, "local": local, "chunk": chunk}
+    table = fit(model.model, maps.model, maps, text.train, **options, progress=progress)
     maps.remainder = as_remainder(table)
     return maps

@@ -20,7 +20,7 @@ from hashattention.train import budgets, metrics, remainder, shards, temperature
 from hashattention.train.fit import fit
 from hashattention.train.ranks import Ranks
 from hashattention.train.recipe import Recipe
-from hashattention.train.shards import FolderShards, MemoryShards, Part
+from hashattention.train.shards import FolderShards, MemoryShards, Part, Samples
 from hashattention.train.targets import thin
 from hashattention.train.text import Sequences, Texts, sequences
 
@@ -118,7 +118,7 @@ def train(
     base = ranks.share(whole)
     text = sequences(
         loaded.tokenizer, texts, context=recipe.context, count=recipe.sequences, held_out=recipe.held_out,
-        seed=recipe.seed, held_out_texts=held_out_texts, lengths=recipe.lengths, recalls=recipe.recalls,
+        seed=recipe.seed, held_out_texts=held_out_texts, lengths=recipe.lengths, asks=recipe.asks,
         progress=progress,
     )  # fmt: skip
     folder = Path(out) / WORK
@@ -142,7 +142,7 @@ def train(
     at = whole.layers.index(base.layers[0])
     maps.remainder = filled[at : at + len(base.layers)]
     measured = measure(captured, base, maps, recipe, where, progress)
-    fitted = fit_temperatures(captured, base, maps, recipe, where, ranks)
+    fitted = fit_temperatures(captured.train, base, maps, recipe, where, ranks)
     maps = ranks.join_maps(maps, recipe, whole)
     maps.shares, maps.temperatures, maps.remainder = shares, fitted, filled
     report: dict[str, Any] = {
@@ -201,12 +201,14 @@ def share_budgets(
 
 
 def fit_temperatures(
-    captured: Captured, base: BaseModel, maps: HashMaps, recipe: Recipe, device: torch.device, ranks: Ranks
+    samples: Samples, base: BaseModel, maps: HashMaps, recipe: Recipe, device: torch.device, ranks: Ranks | None = None
 ) -> tuple[tuple[float, ...], ...]:
-    """Temperatures of the scores on held-out sequences; without any, on the first training ones."""
-    samples = captured.held_out if len(captured.held_out) else Part(captured.train, 0, min(4, len(captured.train)))
-    table = temperatures.fit(samples, base, maps, sink=recipe.sink, local=recipe.local, device=device)
-    return temperatures.as_temperatures(ranks.join_tables({"all": table[None]})["all"][0])
+    """Temperatures of the scores, of all ranks' layers, on the first training sequences."""
+    first = Part(samples, 0, min(temperatures.SEQUENCES, len(samples)))
+    table = temperatures.fit(first, base, maps, sink=recipe.sink, local=recipe.local, device=device)
+    if ranks is not None:
+        table = ranks.join_tables({"all": table[None]})["all"][0]
+    return temperatures.as_temperatures(table)
 
 
 def fit_remainder(
@@ -221,9 +223,13 @@ def fit_remainder(
     """The remainder's coefficients, of all ranks' layers, from the first training sequences, which the model reads
     again.
     """
-    tokens = text.train[: remainder.SEQUENCES]
+    numbers = sorted(range(len(text.train)), key=recipe.asks)
+    plain = sum(not recipe.asks(number) for number in numbers)
+    chosen = numbers[:plain][: remainder.SEQUENCES] + numbers[plain:][: remainder.SEQUENCES]
+    asking = [place for place, number in enumerate(chosen) if recipe.asks(number)]
     options: dict[str, Any] = {"sink": recipe.sink, "local": recipe.local, "chunk": _chunk(model)}
-    table = remainder.fit(model, base, maps, tokens, **options, progress=progress)
+    tokens = [text.train[number] for number in chosen]
+    table = remainder.fit(model, base, maps, tokens, **options, asking=asking, progress=progress)
     if ranks is not None:
         table = ranks.join_tables({"all": table[None]})["all"][0]
     return remainder.as_remainder(table)

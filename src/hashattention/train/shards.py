@@ -17,7 +17,7 @@ from torch import Tensor
 from hashattention.config import BaseModel
 from hashattention.errors import CheckpointError
 from hashattention.models.capture import LAYERED, Sample
-from hashattention.train.recall import room
+from hashattention.train.facts import room
 from hashattention.train.recipe import Recipe
 
 MANIFEST = "manifest.json"
@@ -199,7 +199,7 @@ def capture_settings(recipe: Recipe, base: BaseModel, weights: str, texts: str) 
     model = {key: value for key, value in dataclasses.asdict(base).items() if key not in ("name", "frequencies")}
     # The texts last: their tokens depend on the context, and the cause is to be named, not its effect.
     some: dict[str, Any] = {"values": True} if recipe.weigh != "none" else {}
-    some |= {name: value for name in ("lengths", "recall") if (value := getattr(recipe, name))}
+    some |= {name: value for name in ("lengths", "facts") if (value := getattr(recipe, name))}
     if recipe.keep_tokens:
         # What is kept beside the tokens is what they teach.
         taught = ("keep_tokens", "loss", "pool", "weigh", "top", "top_mix", "temper")
@@ -259,7 +259,7 @@ def draw_positions(recipe: Recipe, sequence: int, *, held_out: bool) -> Tensor:
     if recipe.sampling == "chunk_tail" and not held_out:
         return allowed[-count:]
     generator = torch.Generator().manual_seed(hash_seed(recipe.seed, "positions", held_out, sequence))
-    if length is None or not recipe.recalls(sequence):
+    if length is None or not recipe.asks(sequence):
         return _stratify(allowed, count, generator)
     asking = min(room(length), len(allowed) - 1)
     there = min(count // 2, asking)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 #: Newton's steps; each changes a temperature at most fourfold.
 STEPS = 40
-#: Queries of each sequence that `calibrate` reads.
-QUERIES = 64
+#: Training sequences that they are fitted on, and queries of each that `calibrate` reads.
+SEQUENCES, QUERIES = 4, 64
 
 
 def fit(samples: Samples, base: BaseModel, maps: HashMaps, *, sink: int, local: int, device: torch.device) -> Tensor:
@@ -93,7 +93,7 @@ def calibrate(
     texts: Texts,
     *,
     context: int = 4096,
-    count: int = 4,
+    count: int = SEQUENCES,
     sink: int = 16,
     local: int = 64,
     progress: Progress | None = None,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hashattention.errors import MissingDependencyError, TextError
 from hashattention.models.packaged import Progress
-from hashattention.train.recall import plant
+from hashattention.train.facts import plant
 
 #: The `datasets` name that is streamed when no text is given.
 DEFAULT_TEXT = "Skylion007/openwebtext"
@@ -51,13 +51,13 @@ def sequences(
     seed: int = 0,
     held_out_texts: Texts | None = None,
     lengths: Sequence[int] = (),
-    recalls: Callable[[int], bool] | None = None,
+    asks: Callable[[int], bool] | None = None,
     progress: Progress | None = None,
 ) -> Sequences:
     """Cut `count` training and `held_out` held-out sequences of `context` tokens; the same call gives the same tokens.
 
-    Training sequences take `lengths` in turn, if there are any, in place of `context`; those that `recalls` names by
-    their number ask for facts (`recall.plant`).
+    Training sequences take `lengths` in turn, if there are any, in place of `context`; those that `asks` names by
+    their number ask for facts (`facts.plant`).
 
     Parameters
     ----------
@@ -88,8 +88,8 @@ def sequences(
         held = cut(theirs, held_out, "held-out")
         train = cut(ours, count, "training", lengths)
     facts = {}
-    for number in filter(recalls, range(count)) if recalls is not None else ():
-        train[number], facts[number] = plant(tokenizer, train[number], random.Random(f"{seed} recall {number}"))
+    for number in filter(asks, range(count)) if asks is not None else ():
+        train[number], facts[number] = plant(tokenizer, train[number], random.Random(f"{seed} facts {number}"))
     return Sequences(train, held, _fingerprint([*train, *held]), facts)
 
 

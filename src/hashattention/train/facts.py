@@ -1,4 +1,4 @@
-"""Recall: facts planted in training text, among rivals of the same form, and asked for at its end.
+"""Facts planted in training text, among rivals of the same form, and asked for at its end.
 
 Text seldom makes a model look far back for one thing among many alike, so maps learn little of the heads that do. These
 sequences do nothing else. The forms are none of those that `evaluation.tasks` asks for.
