@@ -209,3 +209,15 @@ def test_budgets_are_fitted_in_a_study_too(tmp_path):
     assert "shares" not in rows[1] and len(rows[2]["shares"]) == 3
     assert rows[1]["budgets"] != rows[2]["budgets"]
     assert HashMaps.from_pretrained(tmp_path / "out" / "b").shares == rows[2]["shares"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_saves_maps_with_all_that_is_fitted(tmp_path):
+    loaded = tiny_model()
+    loaded = dataclasses.replace(loaded, model=loaded.model.cuda())
+    plan = sweep(Variant("kept", {"steps": 2}, save=True))
+    plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, keep_tokens=64))
+    rows = Lab(loaded, plan, tmp_path / "out", texts=write_texts(tmp_path / "texts")).run()
+    maps = HashMaps.from_pretrained(tmp_path / "out" / "kept")
+    assert maps.remainder is not None and maps.temperatures is not None
+    assert all(0 < row["hash_remainder"]["error"] < 1 for row in rows[1]["budgets"])

@@ -178,3 +178,14 @@ def test_a_model_may_be_named(tmp_path, texts, monkeypatch):
     monkeypatch.setattr("hashattention.models.source.load_model", load_model)
     report = train("some-model", texts, tmp_path / "maps", tiny_recipe(steps=2), device="cpu")
     assert asked == [("some-model", torch.float32)] and report["out"] == str(tmp_path / "maps")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", [0, 64])
+def test_training_on_a_gpu_runs_whole(texts, tmp_path, keep):
+    loaded = tiny_model()
+    loaded = dataclasses.replace(loaded, model=loaded.model.cuda())
+    report = train(loaded, texts, tmp_path / "maps", tiny_recipe(keep_tokens=keep))
+    maps = HashMaps.from_pretrained(tmp_path / "maps")
+    assert maps.remainder is not None and maps.temperatures is not None
+    assert all(0 < row["hash"]["error"] < 1 for row in report["metrics"]["budgets"])

@@ -91,6 +91,14 @@ def test_a_thinned_sample_teaches_what_the_whole_one_does(monkeypatch, changes):
             torch.testing.assert_close(found.target, wanted.target, rtol=0.07, atol=2e-6)
 
 
+def test_planted_facts_are_among_the_tokens_that_stay():
+    recipe, facts = tiny_recipe(keep_tokens=100), torch.tensor([3, 4, 5, 200, 255])
+    whole = samples(recipe).read(1, 0, 3)
+    thinned = targets.thin(whole, recipe, BASE, torch.Generator().manual_seed(3), facts)
+    assert len(thinned.tokens.unique()) == 100 and torch.equal(thinned.tokens, thinned.tokens.sort().values)
+    assert torch.isin(facts, thinned.tokens).all() and torch.equal(thinned.key, whole.key[:, :, thinned.tokens])
+
+
 def test_a_short_sequence_is_kept_whole():
     recipe = tiny_recipe(keep_tokens=4096)
     whole = samples(recipe).read(0, 0, 3)

@@ -1,7 +1,7 @@
 """Facts planted in training text, among rivals of the same form, and asked for at its end.
 
-Text seldom makes a model look far back for one thing among many alike, so maps learn little of the heads that do. These
-sequences do nothing else. The forms are none of those that `evaluation.tasks` asks for.
+Text seldom makes a model look far back for one thing among many alike, so maps learn little of the heads that do. In
+these sequences it must. The forms are none of those that `evaluation.tasks` asks for.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def plant(tokenizer: Any, tokens: Tensor, chance: Chance) -> tuple[Tensor, Tenso
     Returns
     -------
     tokens : Tensor, int64 ``[T]``
-        The questions and answers are in the last `room` tokens.
+        The questions and answers are in the last `room` tokens. Text too short for any stays as it is.
     facts : Tensor, int64 ``[F]``
         The places of the facts' tokens, ascending.
     """
@@ -122,8 +122,10 @@ def plant(tokenizer: Any, tokens: Tensor, chance: Chance) -> tuple[Tensor, Tenso
     head, tail = _converse(tokenizer, facts, begin)
     chance.shuffle(facts)
     said = [_encode(tokenizer, f"\n{fact.said}\n") for fact in facts]
-    text = tokens[len(begin) :].tolist()
-    text = text[: len(tokens) - len(head) - len(tail) - sum(map(len, said))]
+    left = len(tokens) - len(head) - len(tail) - sum(map(len, said))
+    if not facts or left < len(tokens) // 2:
+        return tokens, torch.zeros(0, dtype=torch.int64)
+    text = tokens[len(begin) :][:left].tolist()
     places = sorted(_line_end(tokenizer, text, chance.randrange(len(text))) for _ in said)
     parts, last, marks = list(head), 0, list[int]()
     for place, fact in zip(places, said, strict=True):
@@ -135,17 +137,15 @@ def plant(tokenizer: Any, tokens: Tensor, chance: Chance) -> tuple[Tensor, Tenso
 
 
 def _draw(tokenizer: Any, begin: list[int], most: int, chance: Chance) -> list[Fact]:
-    """As many facts as can be asked for in `most` tokens, rivals together, in the order of the questions."""
+    """As many facts as can be asked for in `most` tokens, whole families of rivals but for the last; shuffled."""
     facts: list[Fact] = []
     for kind in chance.sample(KINDS, len(KINDS)):
-        names = dict.fromkeys(kind.name(chance) for _ in range(RIVALS))
-        for name in names:
+        for name in dict.fromkeys(kind.name(chance) for _ in range(RIVALS)):
             value = kind.value(chance)
-            said = kind.said.format(name=name, value=value)
-            facts.append(Fact(said, kind.asked.format(name=name), value))
-    fitting = range(len(facts) + 1)
-    count = bisect.bisect(fitting, most, key=lambda count: len(_converse(tokenizer, facts[:count], begin)[1])) - 1
-    return chance.sample(facts[: max(count, 0)], max(count, 0))
+            facts.append(Fact(kind.said.format(name=name, value=value), kind.asked.format(name=name), value))
+    counts = range(len(facts) + 1)
+    count = bisect.bisect(counts, most, key=lambda some: len(_converse(tokenizer, facts[:some], begin)[1])) - 1
+    return chance.sample(facts[:count], count)
 
 
 def _converse(tokenizer: Any, facts: list[Fact], begin: list[int]) -> tuple[list[int], list[int]]:

@@ -220,16 +220,14 @@ def fit_remainder(
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> remainder.Remainder:
-    """The remainder's coefficients, of all ranks' layers, from the first training sequences, which the model reads
-    again.
+    """The remainder's coefficients, of all ranks' layers, from the first training sequences, and the first of those
+    that ask for facts, which the model reads again.
     """
-    numbers = sorted(range(len(text.train)), key=recipe.asks)
-    plain = sum(not recipe.asks(number) for number in numbers)
-    chosen = numbers[:plain][: remainder.SEQUENCES] + numbers[plain:][: remainder.SEQUENCES]
-    asking = [place for place, number in enumerate(chosen) if recipe.asks(number)]
+    plain = [number for number in range(len(text.train)) if number not in text.facts][: remainder.SEQUENCES]
+    tokens = [text.train[number] for number in [*plain, *list(text.facts)[: remainder.SEQUENCES]]]
     options: dict[str, Any] = {"sink": recipe.sink, "local": recipe.local, "chunk": _chunk(model)}
-    tokens = [text.train[number] for number in chosen]
-    table = remainder.fit(model, base, maps, tokens, **options, asking=asking, progress=progress)
+    options["asking"] = range(len(plain), len(tokens))
+    table = remainder.fit(model, base, maps, tokens, **options, progress=progress)
     if ranks is not None:
         table = ranks.join_tables({"all": table[None]})["all"][0]
     return remainder.as_remainder(table)
