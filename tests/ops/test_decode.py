@@ -267,6 +267,23 @@ def test_every_backend_of_this_machine_signs_the_new_key_alike(method: str) -> N
     assert torch.equal(lacking["signatures"], signed["signatures"])
 
 
+def test_backends_are_asked_for_a_step_that_signs_the_new_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a mixture too, whose map ends wider than the key's; not where the hidden layers differ."""
+    asked: list[str] = []
+    monkeypatch.setattr(dispatch, "find_fused", lambda name, *_, **__: asked.append(name))
+    for method in ("group code", "mixture of two"):
+        decode_by(**with_new_key(step(METHODS[method]))[0])
+    assert [name for name in asked if name != "write_signature"] == ["decode_step", "decode"] * 2
+    asked.clear()
+    lacking, signed = with_new_key(step(METHODS["mixture of two"]))
+    key, weights, biases = lacking["new_key"]
+    wider = [torch.nn.functional.pad(weights[0], (0, 8)), torch.nn.functional.pad(weights[1], (0, 0, 0, 8))]
+    got = decode_by(**{**lacking, "new_key": (key, wider, [torch.nn.functional.pad(biases[0], (0, 8)), biases[1]])})
+    assert asked == ["write_signature", "decode"]
+    assert torch.equal(lacking["signatures"], signed["signatures"])
+    torch.testing.assert_close(got, decode(**signed))
+
+
 def test_a_new_key_goes_into_the_buffer_behind_a_view() -> None:
     arguments = step(GROUP)
     lacking, signed = with_new_key(arguments)
