@@ -16,7 +16,8 @@ import altair
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The rows behind the chart's GPU lines: one card and one shape of the maps' hidden layers.
-GPU = {"device": "NVIDIA H100 80GB HBM3", "hidden": [256], "shape": "llama-3.1-8b", "bits": 64, "density": 1 / 32}
+CARD = {"device": "NVIDIA H100 80GB HBM3", "shape": "llama-3.1-8b"}
+GPU = {**CARD, "hidden": [256], "bits": 64, "mixture": 1, "density": 1 / 32}
 #: What tells a case from others of one table; of rows measured again the last counts.
 AXES = ("shape", "batch", "context", "density", "bits")
 #: Title of a column -> how its methods' names begin; the fastest of them counts.
@@ -38,10 +39,10 @@ LINES = (
 
 
 def rows(file: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file of `results/`, with their device beside the other fields."""
+    """The rows of a file of `results/`, with their device beside the other fields; older ones are of one code."""
     for line in (ROOT / "results" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        yield row | {"device": row["origin"]["device"]}
+        yield {"mixture": 1} | row | {"device": row["origin"]["device"]}
 
 
 def points() -> list[dict[str, object]]:
@@ -56,16 +57,17 @@ def points() -> list[dict[str, object]]:
 
 
 def tables() -> str:
-    """A Markdown table for each card and shape of the maps' hidden layers, the newest first."""
-    cases: dict[tuple[str, tuple[int, ...]], dict[tuple[Any, ...], dict[str, dict[str, Any]]]] = {}
+    """A Markdown table for each card, shape of the maps' hidden layers and number of codes, the newest first."""
+    cases: dict[tuple[str, tuple[int, ...], int], dict[tuple[Any, ...], dict[str, dict[str, Any]]]] = {}
     for row in rows("gpu-attention"):
-        card = cases.setdefault((row["device"], tuple(row["hidden"])), {})
+        card = cases.setdefault((row["device"], tuple(row["hidden"]), row["mixture"]), {})
         card.setdefault(tuple(row[axis] for axis in AXES), {})[row["method"]] = row
     parts = []
-    for (device, hidden), card in reversed(cases.items()):
+    for (device, hidden, mixture), card in reversed(cases.items()):
         layers = "one hidden layer" if len(hidden) == 1 else f"{len(hidden)} hidden layers"
         widths = " and ".join(map(str, hidden))
-        parts.append(f"## {device}, maps of {layers} ({widths})\n\n{table(card)}")
+        codes = f", {mixture} codes a query" if mixture > 1 else ""
+        parts.append(f"## {device}, maps of {layers} ({widths}){codes}\n\n{table(card)}")
     return "\n".join(parts)
 
 

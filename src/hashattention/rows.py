@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 from torch import Tensor
@@ -25,11 +24,6 @@ class Rows:
     budgets: Tensor
     capacity: int
     mask: Tensor | None = None
-
-    @functools.cached_property
-    def taken(self) -> Tensor:
-        """How many tokens each index set will hold, int32 ``[B, Hsel]``: budgets never exceed what there is."""
-        return self.budgets.sum(-1, dtype=torch.int32)
 
     def valid(self, tokens: int) -> Tensor:
         """Which of the first `tokens` slots of the cache may be attended to, bool ``[B, tokens]``."""

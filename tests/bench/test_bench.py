@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from unittest import mock
@@ -56,6 +57,33 @@ def test_a_wrong_kernel_is_not_timed() -> None:
     chosen.indices[0, 0, 40] += 1
     with pytest.raises(BackendError, match="score_select differs"):
         check(inputs, chosen)
+
+
+def test_a_wrong_remainder_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(CASE)
+    chosen = choose(inputs)
+    assert check(inputs, chosen)["remainder_error"] < 1e-2
+    real = ops.decode
+
+    def without(*given: object, remainder: object = None, **named: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return real(*given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ops, "decode", without)
+    with pytest.raises(BackendError, match="the step with a remainder errs"):
+        check(inputs, chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_mixture_is_drawn_and_passes_the_gate(dtype: torch.dtype) -> None:
+    inputs = make_inputs(dataclasses.replace(CASE, mixture=2, dtype=dtype))
+    assert inputs.weights[-1].shape[-1] == 2 * inputs.key_weights[-1].shape[-1] == 128
+    chosen = choose(inputs)
+    assert chosen.code.shape == (2, 2, 1, 128)
+    gate = check(inputs, chosen)
+    assert gate["step_heads_off"] == 0
+    step, filled = (OURS[name].prepare(inputs, chosen)() for name in ("step", "step+remainder"))
+    assert torch.equal(step[0], OURS["attend"].prepare(inputs, chosen)()[0])
+    assert not torch.equal(step[0], filled[0])
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +178,10 @@ def test_suites_hold_what_the_design_names() -> None:
     assert {case.shape for case in SUITES["shapes"]} == set(SHAPES)
     assert {case.bits for case in SUITES["bits"]} == {32, 64, 128}
     assert {case.batch for case in SUITES["batches"]} == {1, 2, 4, 8, 16, 32, 64}
+    shipped = {(case.shape, case.batch, case.context) for case in SUITES["shipped"]}
+    assert shipped >= {("llama-3.1-8b", 32, 131072), ("qwen2.5-1.5b", 1, 4096), ("qwen2.5-1.5b", 8, 32768)}
+    assert {(case.mixture, case.bits) for case in SUITES["shipped"]} == {(2, 64)}
+    assert all(case.mixture == 1 for name, suite in SUITES.items() if name != "shipped" for case in suite)
     every = [case for suite in SUITES.values() for case in suite]
     assert all(case.budget.capacity(case.context) < case.context for case in every)
 
@@ -184,6 +216,8 @@ def test_rows(bench: str) -> None:
     rows = {row["method"]: row for row in run(bench, [CASE], "cpu", rounds=1, seconds=0.0)}
     assert rows["step"]["heavy"] == 70
     assert rows["step"]["hidden"] == [256]
+    assert rows["step"]["mixture"] == 1
+    assert rows["step+remainder"]["backend"] == rows["step"]["backend"]
     assert rows["step"]["origin"]["version"]
     assert rows["step"]["bytes"] / rows["step"]["p50_ms"] * 1e3 == rows["step"]["bytes_per_second"]
     if bench == "attention":
@@ -200,7 +234,10 @@ def test_the_verb(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert json.loads(done.stdout.splitlines()[-1])["rows"] == rows
-    assert {row["context"] for row in rows} == {600}
+    assert {(row["context"], row["mixture"]) for row in rows} == {(600, 1)}
+    several = CliRunner().invoke(app, [*given, "--mixture", "1", "--mixture", "2"])
+    assert several.exit_code == 0, several.output
+    assert {row["mixture"] for row in json.loads(several.stdout.splitlines()[-1])["rows"]} == {1, 2}
     assert CliRunner().invoke(app, ["bench", "attention", "--shape", "gpt-2"]).exit_code == 2
 
 

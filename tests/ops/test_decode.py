@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hashattention.config import BaseModel, MapsConfig
 from hashattention.errors import BackendError, InputError
+from hashattention.ops import add_remainder, dispatch, encode_signature, group_queries, reference
 from hashattention.ops import decode as decode_by
-from hashattention.ops import dispatch, encode_signature, group_queries, reference
 
 MODEL = BaseModel("test", 1, 8, 2, 16, (0,), "none")
 GROUP = MapsConfig(widths=(8,))
@@ -74,6 +74,32 @@ def composition(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     selection = reference.select(scores, *rows)
     caches = arguments["k"], arguments["v"]
     return reference.attend(q, *caches, *selection, arguments["scale"], get("softcap", 0.0), get("block_table"))
+
+
+def valid_of(arguments: dict[str, Any]) -> Tensor:
+    """Which tokens each row may select from, bool ``[B, T]``."""
+    position = torch.arange(arguments["v"].shape[2])
+    inside = (position >= arguments["start"][:, None]) & (position < arguments["end"][:, None])
+    return inside & arguments.get("mask", inside)
+
+
+def remainder_of(arguments: dict[str, Any], seed: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over all that each row may select from, how many these are, and random coefficients."""
+    valid, coefficients = valid_of(arguments), torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
+    sums = [arguments[name].masked_fill(~valid[:, None, :, None], 0).sum(2) for name in ("k", "v")]
+    number = valid.sum(1).float()[:, None, None].expand(-1, arguments["k"].shape[1], 1)
+    return torch.cat([*sums, number], -1), valid.sum(1, dtype=torch.int32), coefficients
+
+
+def add_apart(arguments: dict[str, Any], remainder: tuple[Tensor, ...], **options: Any) -> tuple[Tensor, Tensor]:
+    """The step, and then the remainder by its own op."""
+    out, lse = decode_by(**arguments, **options)
+    budgets, (sums, lengths, coefficients) = arguments["budgets"], remainder
+    wanted = budgets.sum(-1).clamp(max=arguments["capacity"])
+    taken = torch.minimum(wanted, valid_of(arguments).sum(1)[:, None]).int()
+    logits = {name: arguments.get(name, 0.0) for name in ("scale", "softcap")}
+    backend = {"backend": options.get("backend", "auto")}
+    return add_remainder(out, lse, arguments["q"], sums, taken, lengths, coefficients, **logits, **backend), lse
 
 
 def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -241,6 +267,23 @@ def test_every_backend_of_this_machine_signs_the_new_key_alike(method: str) -> N
     assert torch.equal(lacking["signatures"], signed["signatures"])
 
 
+def test_backends_are_asked_for_a_step_that_signs_the_new_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a mixture too, whose map ends wider than the key's; not where the hidden layers differ."""
+    asked: list[str] = []
+    monkeypatch.setattr(dispatch, "find_fused", lambda name, *_, **__: asked.append(name))
+    for method in ("group code", "mixture of two"):
+        decode_by(**with_new_key(step(METHODS[method]))[0])
+    assert [name for name in asked if name != "write_signature"] == ["decode_step", "decode"] * 2
+    asked.clear()
+    lacking, signed = with_new_key(step(METHODS["mixture of two"]))
+    key, weights, biases = lacking["new_key"]
+    wider = [torch.nn.functional.pad(weights[0], (0, 8)), torch.nn.functional.pad(weights[1], (0, 0, 0, 8))]
+    got = decode_by(**{**lacking, "new_key": (key, wider, [torch.nn.functional.pad(biases[0], (0, 8)), biases[1]])})
+    assert asked == ["write_signature", "decode"]
+    assert torch.equal(lacking["signatures"], signed["signatures"])
+    torch.testing.assert_close(got, decode(**signed))
+
+
 def test_a_new_key_goes_into_the_buffer_behind_a_view() -> None:
     arguments = step(GROUP)
     lacking, signed = with_new_key(arguments)
@@ -286,9 +329,10 @@ def test_opcheck_with_a_new_key(method: str) -> None:
     if key.shape[1] != weights[0].shape[0]:
         key = key.repeat_interleave(weights[0].shape[0] // key.shape[1], 1)
     call = (a["q"], a["k"], a["v"], a["signatures"], a["weights"], a["biases"], *bounds, 0.0, None, None, 1.0)
+    none = None, None, None
     op = torch.ops.hashattention.decode_step.default
-    torch.library.opcheck(op, (*call, "auto", key, weights, biases))
-    torch.library.opcheck(op, (*call, "reference", key, weights, biases))
+    torch.library.opcheck(op, (*call, *none, "auto", key, weights, biases))
+    torch.library.opcheck(op, (*call, *remainder_of(a), "reference", key, weights, biases))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -313,12 +357,16 @@ def test_a_new_key_compiles_without_a_break(backend: str, inference: bool) -> No
 def test_opcheck(method: str, to_pages: Callable[..., tuple[Tensor, ...]]) -> None:
     a = step(METHODS[method], batch=2)
     maps = a["weights"], a["biases"], a["start"], a["end"], a["budgets"], a["capacity"], a["levels"], a["scale"]
-    op = torch.ops.hashattention.decode.default
-    torch.library.opcheck(op, (a["q"], a["k"], a["v"], a["signatures"], *maps, 0.0, None, None, 1.0, "auto"))
+    op, none = torch.ops.hashattention.decode.default, (None, None, None)
+    torch.library.opcheck(op, (a["q"], a["k"], a["v"], a["signatures"], *maps, 0.0, None, None, 1.0, *none, "auto"))
     mask = torch.ones(2, TOKENS, dtype=torch.bool)
-    torch.library.opcheck(op, (a["q"], a["k"], a["v"], a["signatures"], *maps, 5.0, mask, None, 1.0, "auto"))
+    torch.library.opcheck(op, (a["q"], a["k"], a["v"], a["signatures"], *maps, 5.0, mask, None, 1.0, *none, "auto"))
     table, *pages = to_pages(16, a["k"], a["v"], a["signatures"])
-    torch.library.opcheck(op, (a["q"], *pages, *maps, 0.0, None, table, 1.0, "reference"))
+    torch.library.opcheck(op, (a["q"], *pages, *maps, 0.0, None, table, 1.0, *none, "reference"))
+    remainder = remainder_of(a)
+    torch.library.opcheck(
+        op, (a["q"], a["k"], a["v"], a["signatures"], *maps, 5.0, mask, None, 1.0, *remainder, "auto")
+    )
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -352,6 +400,123 @@ def test_a_float8_cache(backend: str) -> None:
     long = {name: value.float() * 0.5 for name, value in short.items()}
     got = decode_by(**{**arguments, **short}, k_scale=0.5, v_scale=0.5, backend=backend)
     torch.testing.assert_close(got, decode(**{**arguments, **long}), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_remainder_is_what_its_own_op_adds(method: str, backend: str) -> None:
+    """Bit for bit; the logsumexp stays that of the selected tokens."""
+    for softcap in (0.0, 2.0):
+        arguments = step(METHODS[method]) | {"softcap": softcap}
+        remainder = remainder_of(arguments)
+        plain = decode_by(**arguments, backend=backend)
+        got = decode_by(**arguments, remainder=remainder, backend=backend)
+        assert_same(got, add_apart(arguments, remainder, backend=backend))
+        assert torch.equal(got[1], plain[1])
+        assert (got[0] != plain[0]).any(-1).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("change", ["capacity", "more than there is", "empty", "none summed", "strides"])
+def test_a_remainder_where_rows_differ(change: str, backend: str) -> None:
+    arguments = step(GROUP)
+    if change == "capacity":
+        arguments["capacity"] = 5
+    elif change == "more than there is":
+        arguments["end"][2] = 8
+    elif change == "empty":
+        arguments["end"][1] = arguments["start"][1]
+    remainder = remainder_of(arguments)
+    if change == "none summed":
+        remainder[0][1] = 0
+    elif change == "strides":
+        sums, lengths, coefficients = remainder
+        apart = (torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0] for tensor in (lengths, coefficients))
+        remainder = (torch.stack([sums * torch.nan, sums], 2)[:, :, 1], *apart)
+    got, plain = (decode_by(**arguments, remainder=r, backend=backend)[0] for r in (remainder, None))
+    assert torch.equal(got, add_apart(arguments, remainder, backend=backend)[0])
+    row = {"more than there is": 2, "empty": 1, "none summed": 1}.get(change)
+    same = [bool(torch.equal(one, other)) for one, other in zip(got, plain, strict=True)]
+    assert same == [place == row for place in range(3)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_remainder_and_a_new_key(method: str, masked: bool, backend: str) -> None:
+    arguments = step(METHODS[method])
+    if masked:
+        arguments["mask"] = torch.ones(3, TOKENS, dtype=torch.bool)
+        arguments["mask"][:, 10:30:3] = False
+    lacking, signed = with_new_key(arguments)
+    remainder = remainder_of(arguments)
+    got = decode_by(**lacking, remainder=remainder, backend=backend)
+    assert torch.equal(lacking["signatures"], signed["signatures"])
+    assert_same(got, add_apart(signed, remainder, backend=backend))
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_a_remainder_and_pages(size: int, to_pages: Callable[..., tuple[Tensor, ...]]) -> None:
+    arguments = step(GROUP)
+    remainder, names = remainder_of(arguments), ("k", "v", "signatures")
+    table, *pages = to_pages(size, *(arguments[name] for name in names), seed=size)
+    paged = {**arguments, **dict(zip(names, pages, strict=True)), "block_table": table}
+    assert_same(decode(**paged, remainder=remainder), decode(**arguments, remainder=remainder))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_remainder_compiles_without_a_break(backend: str) -> None:
+    torch._dynamo.reset()
+    lacking, _ = with_new_key(step(GROUP))
+    compiled, remainder = torch.compile(decode, fullgraph=True, backend=backend), remainder_of(lacking)
+    assert_same(compiled(**lacking, remainder=remainder), decode(**lacking, remainder=remainder))
+    del lacking["new_key"]
+    assert_same(compiled(**lacking, remainder=remainder), decode(**lacking, remainder=remainder))
+
+
+def test_a_fused_step_that_fails_leaves_the_remainder_to_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = step(GROUP)
+    remainder = remainder_of(arguments)
+    expected, given = decode(**arguments, remainder=remainder), []
+
+    def failing(*_: Any, **options: Any) -> None:
+        given.append(options["remainder"])
+        raise BackendError("CUDA error 1 launching step.")
+
+    monkeypatch.setattr(dispatch, "find_fused", lambda *_, **__: failing)
+    torch.testing.assert_close(decode_by(**arguments, remainder=remainder), expected, atol=1e-5, rtol=1e-4)
+    assert all(one is other for one, other in zip(given[0], remainder, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda t: t.bfloat16(), "sums is bfloat16"),
+        (0, lambda t: t[..., 1:], r"sums is .*size D\+Dv\+1 must be 29"),
+        (0, lambda t: t[:, :1], "sums is .*size Hkv must be 2"),
+        (1, lambda t: t.long(), "lengths is int64"),
+        (1, lambda t: t[:2], r"lengths is int32 \[2\].*size B must be 3"),
+        (2, lambda t: t[:4], "coefficients is .*size Hq must be 8"),
+        (2, lambda t: t.to("meta"), "all tensors must be on one device.*coefficients on meta"),
+    ],
+)
+def test_a_remainder_that_does_not_fit(place: int, change: Callable[[Tensor], Tensor], message: str) -> None:
+    arguments = step(GROUP)
+    remainder = list(remainder_of(arguments))
+    remainder[place] = change(remainder[place])
+    with pytest.raises(InputError, match=message):
+        decode(**arguments, remainder=tuple(remainder))
+
+
+def test_a_remainder_and_scales_exclude_each_other() -> None:
+    arguments = step(GROUP)
+    short = {name: arguments[name].to(torch.float8_e4m3fn) for name in ("k", "v")}
+    remainder = remainder_of(arguments)
+    with pytest.raises(InputError, match=r"k_scale is 0\.5 and v_scale 1\.0; a remainder goes with 1 alone"):
+        decode(**{**arguments, **short}, k_scale=0.5, remainder=remainder)
+    long = {name: value.float() for name, value in short.items()}
+    expected = decode(**{**arguments, **long}, remainder=remainder)
+    torch.testing.assert_close(decode(**{**arguments, **short}, remainder=remainder), expected, rtol=1e-4, atol=1e-5)
 
 
 def gpu_step(batch: int = 4, tokens: int = 4104) -> dict[str, Any]:

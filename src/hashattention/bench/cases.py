@@ -43,7 +43,9 @@ PATTERN = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of a benchmark: `shape` by name, `context` cached tokens, `density` of all attended tokens, `bits`."""
+    """One row of a benchmark: `shape` by name, `context` cached tokens, `density` of all attended tokens, `bits` of a
+    signature, `mixture` of so many codes a query.
+    """
 
     shape: str
     context: int
@@ -52,6 +54,7 @@ class Case:
     bits: int = 64
     levels: int = 7
     dtype: torch.dtype = torch.bfloat16
+    mixture: int = 1
 
     @property
     def sizes(self) -> Shape:
@@ -77,16 +80,20 @@ class Case:
 
 
 def _cases(
-    *points: tuple[int, int], shape: str = "llama-3.1-8b", density: float = 1 / 32, bits: int = 64
+    *points: tuple[int, int],
+    shape: str = "llama-3.1-8b",
+    density: float = 1 / 32,
+    bits: int = 64,
+    mixture: int = 1,
 ) -> list[Case]:
-    return [Case(shape, context, batch, density, bits) for batch, context in points]
+    return [Case(shape, context, batch, density, bits, mixture=mixture) for batch, context in points]
 
 
 #: K tokens of context.
 K = 1024
 #: Batch 1 and 128K tokens, where latency counts; batch 32, where bandwidth does.
 ONE, MANY = (1, 128 * K), (32, 128 * K)
-#: Named lists of cases: what the design's targets name, and one axis each.
+#: Named lists of cases: what the design's targets name, one axis each, and codes as the maps that ship have them.
 SUITES: dict[str, list[Case]] = {
     "targets": [
         *_cases((1, 4 * K), (1, 8 * K), (1, 32 * K), ONE, (8, 32 * K), MANY),
@@ -101,6 +108,10 @@ SUITES: dict[str, list[Case]] = {
     "densities": [case for share in (8, 16, 32, 64) for case in _cases(ONE, (8, 32 * K), density=1 / share)],
     "bits": [case for bits in (32, 64, 128) for case in _cases(ONE, (8, 32 * K), MANY, bits=bits)],
     "shapes": [case for shape in SHAPES for case in _cases(ONE, (8, 32 * K), shape=shape)],
+    "shipped": [
+        *_cases((1, 4 * K), (1, 32 * K), ONE, (8, 32 * K), MANY, mixture=2),
+        *_cases((1, 4 * K), (1, 32 * K), ONE, (8, 32 * K), shape="qwen2.5-1.5b", mixture=2),
+    ],
 }
 
 
@@ -153,16 +164,16 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         long = allocate(pattern, (*pattern.shape[:2], times, *pattern.shape[2:]))
         return long.copy_(pattern.unsqueeze(2).expand_as(long)).flatten(2, 3)[:, :, :tokens]
 
-    def draw_map(width: int) -> tuple[list[Tensor], list[Tensor]]:
-        pairs = list(itertools.pairwise([width, *WIDTHS, case.bits]))
+    def draw_map(width: int, columns: int) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = list(itertools.pairwise([width, *WIDTHS, columns]))
         weights = [(draw(sizes.kv_heads, i, o) * i**-0.5).to(kind) for i, o in pairs]
         return weights, [draw(sizes.kv_heads, o) * 0.1 for _, o in pairs]
 
     words = (case.batch, sizes.kv_heads, case.context, case.bits // 32)
     start = torch.zeros(case.batch, dtype=torch.int32, device=device)
     counts = torch.tensor(case.budget.counts(case.context), dtype=torch.int32, device=device)
-    weights, biases = draw_map(sizes.group * sizes.head_dim)
-    key_weights, key_biases = draw_map(sizes.head_dim)
+    weights, biases = draw_map(sizes.group * sizes.head_dim, case.bits * case.mixture)
+    key_weights, key_biases = draw_map(sizes.head_dim, case.bits)
     inputs = Inputs(
         case=case,
         q=draw(case.batch, sizes.query_heads, 1, sizes.head_dim, dtype=case.dtype),

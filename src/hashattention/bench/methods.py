@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from hashattention import ops
 from hashattention.bench import paged, paper
 from hashattention.bench.cases import Inputs
 from hashattention.ops import dispatch, reference
+from hashattention.ops.remainder import Remainder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,28 +54,24 @@ def _selection(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     return inputs.signatures, inputs.start, inputs.end, inputs.budgets, inputs.capacity
 
 
-def _step(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
-    rest = {"levels": inputs.case.levels, "scale": inputs.scale}
+def _step(inputs: Inputs, chosen: Chosen, remainder: Remainder | None = None) -> Callable[[], object]:
+    rest = {"levels": inputs.case.levels, "scale": inputs.scale, "remainder": remainder}
     caches, maps = (inputs.k, inputs.v, inputs.signatures), (inputs.weights, inputs.biases)
     rows = inputs.start, inputs.end, inputs.budgets, inputs.capacity
     return lambda: ops.decode(inputs.q, *caches, *maps, *rows, **rest, new_key=inputs.new_key)  # type: ignore[arg-type]
 
 
 def _step_filled(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
-    """The step, and the mean value for the tokens left out, as `HashSelector` adds it."""
-    step = _step(inputs, chosen)
+    """The step with the mean value for the tokens left out, as `HashSelector` makes it."""
+    return _step(inputs, chosen, remainder_of(inputs))
+
+
+def remainder_of(inputs: Inputs) -> Remainder:
+    """Sums over the whole cache, and the same coefficients for every query head."""
     number = inputs.k.new_full((*inputs.k.shape[:2], 1), inputs.case.context, dtype=torch.float32)
     sums = torch.cat([inputs.k.sum(2, dtype=torch.float32), inputs.v.sum(2, dtype=torch.float32), number], -1)
-    taken = inputs.budgets.sum(-1, dtype=torch.int32)
-    lengths = inputs.end - inputs.start
     coefficients = torch.tensor([-1.0, 0.4, 0.2], device=inputs.q.device).repeat(inputs.q.shape[1], 1)
-    known = inputs.q, sums, taken, lengths, coefficients
-
-    def filled() -> object:
-        done: Any = step()
-        return ops.add_remainder(done[0], done[1], *known, scale=inputs.scale)
-
-    return filled
+    return sums, inputs.end - inputs.start, coefficients
 
 
 def _encode(inputs: Inputs, chosen: Chosen) -> Callable[[], object]:
@@ -99,7 +95,9 @@ def _cuda(op: str, prepare: Prepare) -> Method:
     """A part by the CUDA kernels, which are the automatic choice of the whole step alone."""
 
     def refuse(inputs: Inputs) -> str | None:
-        features = {"code": inputs.signatures, "levels": inputs.case.levels, "capacity": inputs.capacity}
+        entries = inputs.case.bits * inputs.case.mixture
+        code = torch.empty(1, inputs.case.sizes.kv_heads, 1, entries, dtype=torch.int8, device="meta")
+        features = {"code": code, "levels": inputs.case.levels, "capacity": inputs.capacity}
         heads = {"selection_heads": inputs.case.sizes.kv_heads, "k": inputs.k, "v": inputs.v}
         return dispatch.refusal(
             "cuda", op, inputs.q, {**features, **heads, "signatures": inputs.signatures, "named": 1}

@@ -12,7 +12,7 @@ from torch import Tensor
 from hashattention import ops, provenance
 from hashattention.bench import paged
 from hashattention.bench.cases import Case, Inputs, make_inputs
-from hashattention.bench.methods import BASELINES, OURS, SLOW, Chosen, Method, choose, gather_sdpa
+from hashattention.bench.methods import BASELINES, OURS, SLOW, Chosen, Method, choose, gather_sdpa, remainder_of
 from hashattention.bench.roofline import bytes_of, copy_bandwidth
 from hashattention.bench.timing import Timing, time_functions
 from hashattention.errors import BackendError
@@ -21,6 +21,8 @@ from hashattention.ops.buffer import has_large_pages
 
 #: A row of the whole step is off when it errs more than this times what plain torch errs.
 ROW_TOLERANCE = 3.0
+#: What sums in float32 may differ by.
+ROUNDING = 1e-5
 
 
 def check(inputs: Inputs, chosen: Chosen) -> dict[str, float]:
@@ -28,7 +30,8 @@ def check(inputs: Inputs, chosen: Chosen) -> dict[str, float]:
 
     The whole step is compared a query head at a time. Its own encode may round a weight of the code the other way, and
     that head then attends to other tokens; half of the heads must agree with codes of up to 64 weights, a quarter with
-    128: a weight more is one more that may round the other way.
+    128, those of a mixture all counted: a weight more is one more that may round the other way. The step with the
+    remainder is compared with what is added to this step's output, which was rounded once more.
 
     Raises
     ------
@@ -50,9 +53,21 @@ def check(inputs: Inputs, chosen: Chosen) -> dict[str, float]:
     step: Any = OURS["step"].prepare(inputs, chosen)()
     off = (step[0].float() - exact).abs().amax((2, 3)) > ROW_TOLERANCE * allowed
     share = off.float().mean().item()
-    if share > 1 - 0.5 ** max(1, inputs.case.bits / 64):
+    if share > 1 - 0.5 ** max(1, inputs.case.bits * inputs.case.mixture / 64):
         raise BackendError(f"the step differs from its parts in {share:.0%} of the heads on {inputs.case}; report it.")
-    return {"attend_error": ours, "torch_error": theirs, "step_heads_off": share}
+    filled: Any = OURS["step+remainder"].prepare(inputs, chosen)()
+    wanted = _fill(inputs, *step)
+    off_by, largest = _error(filled[0], wanted), torch.maximum(step[0].abs().max(), wanted.abs().max()).item()
+    if off_by > torch.finfo(out.dtype).eps * largest + ROUNDING:
+        raise BackendError(f"the step with a remainder errs {off_by:.2e} on {inputs.case}; report it.")
+    return {"attend_error": ours, "torch_error": theirs, "step_heads_off": share, "remainder_error": off_by}
+
+
+def _fill(inputs: Inputs, out: Tensor, logsumexp: Tensor) -> Tensor:
+    """The step's output with the remainder, in float32."""
+    sums, lengths, coefficients = remainder_of(inputs)
+    known = inputs.q.float(), sums, inputs.budgets.sum(-1, dtype=torch.int32), lengths, coefficients
+    return reference.add_remainder(out.float(), logsumexp, *known, inputs.scale)
 
 
 def _exact(inputs: Inputs, chosen: Chosen, request: int) -> Tensor:
@@ -161,7 +176,7 @@ def _backend(inputs: Inputs, method: str) -> str:
     if method.endswith(", CUDA"):
         return "cuda"
     run = ops.dispatch.find("attend", inputs.q, k=inputs.k, v=inputs.v)
-    if method == "step":
+    if method in ("step", "step+remainder"):
         features: dict[str, Any] = {
             "k": inputs.k,
             "v": inputs.v,

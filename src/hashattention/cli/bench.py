@@ -31,7 +31,10 @@ COLUMNS = ("batch x context", "density", "method", "p20 ms", "p50 ms", "p80 ms",
 def bench(
     what: Annotated[Bench, typer.Argument(help="attention or ops.")],
     suite: Annotated[
-        str | None, typer.Option(help="targets, contexts, batches, densities, bits or shapes: a list of cases.")
+        str | None,
+        typer.Option(
+            help="targets, contexts, batches, densities, bits, shapes or shipped (two codes): a list of cases."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     shape: Annotated[list[str] | None, typer.Option(help="A model's shape; may be repeated.")] = None,
@@ -39,6 +42,7 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(help="Requests; may be repeated.")] = None,
     density: Annotated[list[float] | None, typer.Option(help="Attended over all tokens; may be repeated.")] = None,
     bits: Annotated[list[int] | None, typer.Option(help="Bits of a signature; may be repeated.")] = None,
+    mixture: Annotated[list[int] | None, typer.Option(help="Codes of a query; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each method.")] = 30,
     seconds: Annotated[float, typer.Option(help="Time limit of a case.")] = 20.0,
@@ -50,7 +54,7 @@ def bench(
     from hashattention.cli.model import parse_dtype
 
     kind: Any = parse_dtype(dtype)
-    axes = {"shape": shape, "context": context, "batch": batch, "density": density, "bits": bits}
+    axes = {"shape": shape, "context": context, "batch": batch, "density": density, "bits": bits, "mixture": mixture}
     given = {name: values for name, values in axes.items() if values}
     cases = _product(given) if suite is None else _suite(suite, given)
     if out is not None:
@@ -86,6 +90,7 @@ def _product(given: dict[str, Any]) -> list[Case]:
         "batch": [1],
         "density": [1 / 16],
         "bits": [64],
+        "mixture": [1],
     }
     axes |= given
     for name in axes["shape"]:

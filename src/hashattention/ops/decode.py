@@ -14,6 +14,7 @@ from hashattention.errors import BackendError, InputError
 from hashattention.ops import dispatch, shapes
 from hashattention.ops.attend import attend, check_scales
 from hashattention.ops.encode import check_map, encode_query, encode_signature, write_signature
+from hashattention.ops.remainder import Remainder, add_remainder, check_remainder
 from hashattention.ops.select import check_rows, score_select
 
 logger = logging.getLogger(__name__)
@@ -41,13 +42,23 @@ class Call(NamedTuple):
     mask: Tensor | None
     block_table: Tensor | None
     v_scale: float
+    sums: Tensor | None
+    lengths: Tensor | None
+    coefficients: Tensor | None
     backend: str
+
+    @property
+    def remainder(self) -> Remainder | None:
+        """The three tensors of a remainder, or None."""
+        if self.sums is None or self.lengths is None or self.coefficients is None:
+            return None
+        return self.sums, self.lengths, self.coefficients
 
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor{} signatures, Tensor[] weights, Tensor[] biases, Tensor start, Tensor end,"
     " Tensor budgets, int capacity, int levels, float scale, float softcap, Tensor? mask, Tensor? block_table,"
-    " float v_scale, str backend{}) -> (Tensor, Tensor)"
+    " float v_scale, Tensor? sums, Tensor? lengths, Tensor? coefficients, str backend{}) -> (Tensor, Tensor)"
 )
 
 
@@ -84,6 +95,7 @@ def decode(
     new_key: NewKey | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    remainder: Remainder | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Encode the queries, score all signatures, select, attend to the selected tokens.
@@ -110,6 +122,10 @@ def decode(
         written to `signatures`, in place, at position ``end[b] - 1`` (a row with end 0 writes nothing).
     k_scale, v_scale : float
         As in `attend`.
+    remainder : tuple, optional
+        Sums float32 ``[B, Hkv, D + Dv + 1]``, lengths int32 ``[B]`` (how many tokens each row may select from) and
+        coefficients float32 ``[Hq, 3]``: the output is what `add_remainder` makes of it, with one rounding to the dtype
+        of q less where one kernel does both. For caches without scales.
     backend : str
         ``"auto"`` or a backend's name.
 
@@ -117,6 +133,7 @@ def decode(
     -------
     out : Tensor, dtype of q, ``[B, Hq, 1, Dv]``
     logsumexp : Tensor, float32 ``[B, Hq, 1]``
+        Of the selected tokens, with a remainder too.
 
     Raises
     ------
@@ -127,12 +144,19 @@ def decode(
         raise InputError(f"levels is {levels}; expected 0 (bit code) to 127.")
     if not weights:
         raise InputError("weights is empty; a map needs at least one stage.")
-    _check(q, k, v, signatures, weights, biases, start, end, budgets, capacity, mask, block_table)
+    sizes = _check(q, k, v, signatures, weights, biases, start, end, budgets, capacity, mask, block_table)
     if not levels and weights[-1].shape[-1] != 32 * signatures.shape[-1]:
         raise InputError("a mixture is of integer codes; a bit code (levels=0) has as many bits as a signature.")
     caches, bounds, maps = (k, v, signatures), (start, end, budgets), (list(weights), list(biases))
     check_scales(k, k_scale, v_scale)
-    call = (q, *caches, *maps, *bounds, capacity, levels, scale * k_scale, softcap, mask, block_table, v_scale, backend)
+    if remainder is not None:
+        check_remainder(sizes, q, *remainder)
+        if (k_scale, v_scale) != (1.0, 1.0):
+            raise InputError(
+                f"k_scale is {k_scale} and v_scale {v_scale}; a remainder goes with 1 alone: call add_remainder."
+            )
+    options = scale * k_scale, softcap, mask, block_table, v_scale, *(remainder or (None, None, None)), backend
+    call = (q, *caches, *maps, *bounds, capacity, levels, *options)
     if new_key is None:
         out, logsumexp = torch.ops.hashattention.decode(*call)
         return out, logsumexp
@@ -173,8 +197,8 @@ def _check(
     capacity: int,
     mask: Tensor | None,
     block_table: Tensor | None,
-) -> None:
-    """What encode, select and attend would check: a fused kernel reads memory without asking again."""
+) -> dict[str, int]:
+    """What encode, select and attend would check: a fused kernel reads memory without asking again. The sizes found."""
     check_map(group_queries(q, weights[0].shape[0]), weights, biases)
     cache = "P {} N {}" if block_table is not None else "B {} T {}"
     sizes: dict[str, int] = {}
@@ -193,6 +217,7 @@ def _check(
     shapes.expect_multiple(sizes["Hsel"], sizes["Hkv"], "selection heads over KV heads")
     rows = {"start": start, "end": end, "budgets": budgets, "mask": mask, "block_table": block_table}
     shapes.expect_same_device(q=q, k=k, v=v, signatures=signatures, **rows)
+    return sizes
 
 
 @functools.cache
@@ -209,15 +234,18 @@ def _find(name: str, call: Call, **more: Any) -> Callable[..., Any] | None:
         "weights": call.weights,
     }
     features |= {"selection_heads": call.budgets.shape[1], "levels": call.levels, "capacity": call.capacity, **more}
-    return dispatch.find_fused(name, call.q, call.backend, **features, mask=call.mask, block_table=call.block_table)
+    features |= {"mask": call.mask, "block_table": call.block_table, "remainder": call.remainder}
+    return dispatch.find_fused(name, call.q, call.backend, **features)
 
 
 def _launch(fused: Callable[..., Any], call: Call, *arguments: Any) -> tuple[Tensor, Tensor] | None:
     """What the fused step gives, or None if it could not be launched and was not asked for by name."""
     # Only backends that take float8 caches know of a scale.
-    scales = {} if call.v_scale == 1.0 else {"v_scale": call.v_scale}
+    options: dict[str, Any] = {} if call.v_scale == 1.0 else {"v_scale": call.v_scale}
+    if call.remainder is not None:
+        options["remainder"] = call.remainder
     try:
-        out, logsumexp = fused(*arguments, **scales)
+        out, logsumexp = fused(*arguments, **options)
     except BackendError as error:
         if call.backend != "auto":
             raise
@@ -229,7 +257,9 @@ def _launch(fused: Callable[..., Any], call: Call, *arguments: Any) -> tuple[Ten
 def _step(call: Call, new_key: NewKey) -> tuple[Tensor, Tensor]:
     """The step after the new key's signature: both in one function where a backend has it."""
     key, key_weights, key_biases = new_key
-    alike = [(w.shape[2], w.dtype) for w in key_weights] == [(w.shape[2], w.dtype) for w in call.weights]
+    # A mixture has as many more entries at the end: backends say whether they take it.
+    stages, key_stages = ([(w.shape[2], w.dtype) for w in weights] for weights in (call.weights, key_weights))
+    alike = stages[:-1] == key_stages[:-1] and stages[-1][1] == key_stages[-1][1]
     fused = _find("decode_step", call, key_weights=key_weights) if alike else None
     if fused is not None:
         # Biases are added to float32 sums; adjacent maps are what the kernels read.
@@ -260,9 +290,15 @@ def _decode(call: Call) -> tuple[Tensor, Tensor]:
         code = encode_signature(x, call.weights, call.biases, backend=call.backend)
     caches: dict[str, Any] = {"block_table": call.block_table, "backend": call.backend}
     bounds = call.start, call.end, call.budgets, call.capacity
-    selection = score_select(code, call.signatures, *bounds, mask=call.mask, levels=call.levels or 127, **caches)
-    caches["v_scale"] = call.v_scale
-    return attend(call.q, call.k, call.v, *selection, scale=call.scale, softcap=call.softcap, **caches)
+    levels = call.levels or 127
+    indices, counts = score_select(code, call.signatures, *bounds, mask=call.mask, levels=levels, **caches)
+    options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, "backend": call.backend}
+    paged: dict[str, Any] = {"block_table": call.block_table, "v_scale": call.v_scale}
+    out, logsumexp = attend(call.q, call.k, call.v, indices, counts, **paged, **options)
+    if call.remainder is not None:
+        sums, lengths, coefficients = call.remainder
+        out = add_remainder(out, logsumexp, call.q, sums, counts, lengths, coefficients, **options)
+    return out, logsumexp
 
 
 @torch.library.custom_op("hashattention::decode", mutates_args=(), schema=SCHEMA.format("", ""))

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from hashattention.ops import dispatch, shapes
 
+#: Sums, lengths and coefficients, as `add_remainder` takes them.
+Remainder = tuple[Tensor, Tensor, Tensor]
+
 
 def add_remainder(
     out: Tensor,
@@ -39,7 +42,7 @@ def add_remainder(
     taken : Tensor, int32 ``[B, Hsel]``
         Tokens that were attended to (0: nothing changes).
     lengths : Tensor, int32 ``[B]``
-        Tokens there are.
+        Tokens there are (valid ones: none that padding or a mask hides).
     coefficients : Tensor, float32 ``[Hq, 3]``
         a, b and c of every query head.
     scale, softcap : float
@@ -68,18 +71,23 @@ def add_remainder(
     shapes.expect(sizes, "q", q, "B Hq 1 D", torch.float32, torch.bfloat16, torch.float16)
     shapes.expect(sizes, "out", out, "B Hq 1 Dv", q.dtype)
     shapes.expect(sizes, "logsumexp", logsumexp, "B Hq 1", torch.float32)
-    sizes["D+Dv+1"] = q.shape[3] + out.shape[3] + 1
-    shapes.expect(sizes, "sums", sums, "B Hkv D+Dv+1", torch.float32)
+    check_remainder(sizes, q, sums, lengths, coefficients)
     shapes.expect(sizes, "taken", taken, "B Hsel", torch.int32)
-    shapes.expect(sizes, "lengths", lengths, "B", torch.int32)
-    shapes.expect(sizes, "coefficients", coefficients, "Hq 3", torch.float32)
-    shapes.expect_multiple(sizes["Hq"], sizes["Hkv"], "query heads over KV heads")
     shapes.expect_multiple(sizes["Hq"], sizes["Hsel"], "query heads over selection heads")
-    given = {"out": out, "logsumexp": logsumexp, "sums": sums, "taken": taken, "lengths": lengths}
-    shapes.expect_same_device(q=q, coefficients=coefficients, **given)
+    shapes.expect_same_device(q=q, out=out, logsumexp=logsumexp, taken=taken)
     arguments = out, logsumexp, q, sums, taken, lengths, coefficients, scale, softcap
     mixed: Tensor = torch.ops.hashattention.add_remainder(*arguments, backend)
     return mixed
+
+
+def check_remainder(sizes: dict[str, int], q: Tensor, sums: Tensor, lengths: Tensor, coefficients: Tensor) -> None:
+    """Check a remainder beside queries ``[B, Hq, 1, D]`` and values of ``sizes["Dv"]`` entries."""
+    sizes["D+Dv+1"] = sizes["D"] + sizes["Dv"] + 1
+    shapes.expect(sizes, "sums", sums, "B Hkv D+Dv+1", torch.float32)
+    shapes.expect(sizes, "lengths", lengths, "B", torch.int32)
+    shapes.expect(sizes, "coefficients", coefficients, "Hq 3", torch.float32)
+    shapes.expect_multiple(sizes["Hq"], sizes["Hkv"], "query heads over KV heads")
+    shapes.expect_same_device(q=q, sums=sums, lengths=lengths, coefficients=coefficients)
 
 
 @torch.library.custom_op(

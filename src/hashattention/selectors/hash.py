@@ -98,16 +98,13 @@ class HashSelector(Selector):
 
     def _decode(self, step: Step, signatures: Tensor, new_key: ops.NewKey | None) -> Tensor:
         layer, rows, config = self._layer(step), self._rows(step), self.maps.config
-        out, lse = ops.decode(
+        out, _ = ops.decode(
             step.query, step.key, step.value, signatures, layer.query_weights, layer.query_biases,
             rows.start, rows.end, rows.budgets, rows.capacity, mask=rows.mask, new_key=new_key,
             levels=config.levels if config.score == "asymmetric" else 0, scale=step.scale, softcap=step.softcap,
-            backend=self.backend,
+            remainder=self._remainder(step), backend=self.backend,
         )  # fmt: skip
-        remainder = self._remainder(step)
-        if remainder is None:
-            return out
-        return remainder.add(out, lse, step.query, rows.taken, scale=step.scale, softcap=step.softcap)
+        return out
 
     def _remainder(self, step: Step) -> Remainder | None:
         """What stands for the tokens left out; None without one, or in too short a cache."""

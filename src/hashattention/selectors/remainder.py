@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,9 @@ BLOCK = 256
 CHUNK = 32 * BLOCK
 
 
-@dataclasses.dataclass(frozen=True)
-class Remainder:
-    """What `ops.add_remainder` takes of a step besides its attention: sums float32 ``[B, Hkv, D + Dv + 1]``, lengths
-    int32 ``[B]``, coefficients float32 ``[Hq, 3]``.
+class Remainder(NamedTuple):
+    """What `ops.add_remainder` takes of a step besides its attention, and `ops.decode` as a whole: sums float32
+    ``[B, Hkv, D + Dv + 1]``, lengths int32 ``[B]``, coefficients float32 ``[Hq, 3]``.
     """
 
     sums: Tensor

@@ -74,6 +74,30 @@ def test_all_kernels_compile_for_sm_90(monkeypatch, tmp_path):
     assert wide_library.run
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(build.find_compiler() is None, reason="needs nvcc")
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (64, 7), (256, 1)])
+def test_a_remainder_has_the_memory_it_takes(head_dim, group, monkeypatch, tmp_path):
+    """The source refuses less."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape = {"HIDDEN0": 0, "HIDDEN1": 0, "WORDS": 2, "LEVELS": 7, "PLANES": 3, "MIXED": 1, "HALF": 0, "PAGED": 0}
+    shape |= {"HEAD_DIM": head_dim, "ROWS": group, "MODE": 0, "THREADS": 256, "BLOCKS": 8, "RESIDENT": 1}
+    known = step.remainder_bytes(group, head_dim)
+    assert build.load("step", **shape, REMAINDER=known).run
+    with pytest.raises(BackendError, match="remainder_bytes"):
+        build.load("step", **shape, REMAINDER=known - 16)
+
+
+def test_a_remainder_takes_shared_memory_of_its_own():
+    sizes = 8, 1, 4096, 180, 512, (256, 0), 64, 128
+    plain, filled = (step.choose_fused(*sizes, known=known) for known in (0, step.remainder_bytes(4, 128)))
+    assert plain is not None
+    assert filled == plain._replace(shared=plain.shared + 2176)
+    one, other = (step.choose(0, 256, 4096, 180, 512, known=known) for known in (0, 2176))
+    assert one is not None
+    assert other == one._replace(shared=one.shared + 2176)
+
+
 def test_a_source_that_does_not_compile_is_one_clear_error(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "find_compiler", lambda: "/bin/false")

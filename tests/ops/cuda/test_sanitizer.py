@@ -21,8 +21,9 @@ PROGRAM = textwrap.dedent(
         return weights, [torch.randn(2, b, device="cuda") * 0.1 for b in widths[1:]]
 
     torch.manual_seed(0)
-    rows = (1, 520, 0, 1), (7, 520, 0, 1), (20, 512, 16, 1), (1, 520, 0, 2), (7, 520, 0, 2)
-    for batch, tokens, pages, mixture in rows:
+    rows = (1, 520, 0, 1, 0), (7, 520, 0, 1, 0), (20, 512, 16, 1, 0), (1, 520, 0, 2, 0), (7, 520, 0, 2, 0)
+    rows += (1, 520, 0, 2, 1), (7, 520, 0, 1, 1), (40, 512, 16, 2, 1)
+    for batch, tokens, pages, mixture, filled in rows:
         k, v = (torch.randn(batch, 2, tokens, 64, device="cuda").bfloat16() for _ in range(2))
         signatures = torch.randint(-(2**31), 2**31, (batch, 2, tokens, 2), device="cuda", dtype=torch.int32)
         table, key = None, k[:, :, -1:].clone()
@@ -36,9 +37,10 @@ PROGRAM = textwrap.dedent(
         q = torch.randn(batch, 8, 1, 64, device="cuda").bfloat16()
         new_key = (key, *maps(64, 64))
         caches, query = (k, v, signatures), maps(256, 64 * mixture)
+        sums, coefficients = torch.rand(batch, 2, 129, device="cuda") + 1, torch.randn(8, 3, device="cuda")
         out, _ = cuda.decode_step(
             q, *caches, *query, torch.zeros_like(end), end, budgets, 52, levels=7, scale=0.125,
-            block_table=table, new_key=new_key,
+            block_table=table, new_key=new_key, remainder=(sums, end, coefficients) if filled else None,
         )
         assert out.isfinite().all()
     """

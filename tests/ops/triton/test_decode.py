@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+from tests.ops.test_decode import METHODS, add_apart, assert_same, remainder_of, step, with_new_key
 
 from hashattention import ops
 from hashattention.errors import BackendError
-from hashattention.ops import reference
+from hashattention.ops import dispatch, reference
 
 
 def make(heads: int, group: int, tokens: int, device: str, maps: int | None = None) -> tuple:
@@ -67,6 +68,49 @@ def test_the_new_key_is_signed_in_the_launch_of_the_query(
     assert torch.equal(actual[0], expected[0])
     exact = ops.decode(q, k, v, apart, *maps, *bounds, **{**options, "backend": "reference"})
     assert torch.allclose(actual[0], exact[0], atol=1e-5)
+
+
+def moved(arguments: dict, device: str) -> dict:
+    """The arguments of a step on a device."""
+    lists = {name: [tensor.to(device) for tensor in arguments[name]] for name in ("weights", "biases")}
+    tensors = {name: value.to(device) for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    return arguments | lists | tensors
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_remainder_is_what_its_own_op_adds(method: str, device: str) -> None:
+    """By the counts of the selection itself: rows with less than their budget, one with nothing, one with no sums."""
+    arguments = step(METHODS[method]) | {"softcap": 2.0}
+    arguments["end"][2] = 8
+    for change in ("", "empty", "none summed"):
+        if change == "empty":
+            arguments["end"][1] = arguments["start"][1]
+        sums, lengths, coefficients = remainder_of(arguments)
+        if change == "none summed":
+            sums[0] = 0
+        ours, remainder = moved(arguments, device), [t.to(device) for t in (sums, lengths, coefficients)]
+        got = ops.decode(**ours, remainder=tuple(remainder), backend="triton")
+        expected = [t.to(device) for t in add_apart(arguments, (sums, lengths, coefficients), backend="reference")]
+        torch.testing.assert_close(got, tuple(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["group code", "mixture of two", "paper"])
+def test_a_remainder_and_a_new_key(method: str, device: str) -> None:
+    lacking, signed = with_new_key(step(METHODS[method]))
+    remainder = tuple(t.to(device) for t in remainder_of(signed))
+    key, *maps = lacking.pop("new_key")
+    new_key = key.to(device), *([t.to(device) for t in tensors] for tensors in maps)
+    ours = moved(lacking, device)
+    got = ops.decode(**ours, new_key=new_key, remainder=remainder, backend="triton")
+    assert torch.equal(ours["signatures"].cpu(), signed["signatures"])
+    assert_same(got, ops.decode(**moved(signed, device), remainder=remainder, backend="triton"))
+
+
+def test_a_mixtures_new_key_is_left_to_a_launch_of_its_own(device: str) -> None:
+    lacking, _ = with_new_key(step(METHODS["mixture of two"]))
+    features = {"weights": lacking["weights"], "signatures": lacking["signatures"], "k": lacking["k"], "levels": 7}
+    refused = dispatch.refusal("triton", "decode_step", lacking["q"].to(device), {**features, "named": True})
+    assert refused is not None and "a mixture's map ends wider than the new key's" in refused
 
 
 def test_many_requests_share_their_weights_loads(device: str) -> None:

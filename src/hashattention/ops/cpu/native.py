@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hashattention.ops import reference
 from hashattention.ops.cpu import _native
+from hashattention.ops.remainder import Remainder
 from hashattention.ops.shapes import mixture_of
 
 #: The newest token's key ``[B, Hs, 1, D]`` and phi_k's weights and biases.
@@ -283,10 +284,11 @@ def decode(
     mask: Tensor | None = None,
     block_table: Tensor | None = None,
     new_key: NewKey | None = None,
+    remainder: Remainder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The whole sparse step: encode, score and select, attend; one call where the encode kernel serves the maps.
 
-    Given the newest token's key and its map, its signature is written into the cache first.
+    Given the newest token's key and its map, its signature is written into the cache first. A remainder is a call more.
     """
     if new_key is not None and not (token_rows_adjacent(signatures) and fits_encode(*new_key)):
         write_signature(*new_key, signatures, end - 1, block_table)
@@ -300,7 +302,8 @@ def decode(
             write_signature(*new_key, signatures, end - 1, block_table)
         code = encode_query(x, weights, biases, levels)[0] if levels else encode_signature(x, weights, biases)
         indices, counts = score_select(code, signatures, start, end, budgets, capacity, mask, block_table)
-        return attend(q, k, v, indices, counts, scale, softcap, block_table)
+        out, logsumexp = attend(q, k, v, indices, counts, scale, softcap, block_table)
+        return _fill(out, logsumexp, q, counts, remainder, scale, softcap), logsumexp
     signatures, table, mask = _adjacent(signatures), _flat(block_table), _mask_rows(mask)
     start, end, budgets = start.contiguous(), end.contiguous(), budgets.contiguous()
     attention, out, logsumexp = _attention(q, k, v, budgets.shape[1], scale, softcap, table)
@@ -309,7 +312,26 @@ def decode(
     key = None if new_key is None else (_rows(new_key[0]), *new_key[1:])
     signing = None if key is None else _encoding(*key, 0)
     _native.decode(_encoding(x, weights, biases, levels), codes, bounds, attention, signing)
-    return out, logsumexp
+    if remainder is None:
+        return out, logsumexp
+    taken = torch.minimum(budgets.sum(-1, dtype=torch.int32).clamp(max=capacity), remainder[1][:, None])
+    return _fill(out, logsumexp, q, taken, remainder, scale, softcap), logsumexp
+
+
+def _fill(
+    out: Tensor,
+    logsumexp: Tensor,
+    q: Tensor,
+    taken: Tensor,
+    remainder: Remainder | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """The output with the remainder, if there is one, for what is not among the `taken` tokens."""
+    if remainder is None:
+        return out
+    sums, lengths, coefficients = remainder
+    return add_remainder(out, logsumexp, q, sums, taken, lengths, coefficients, scale, softcap)
 
 
 def decode_step(
@@ -328,7 +350,8 @@ def decode_step(
     softcap: float,
     block_table: Tensor | None,
     new_key: NewKey,
+    remainder: Remainder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`decode` after writing the newest token's signature, in one call."""
-    rest = capacity, levels, scale, softcap, None, block_table, new_key
+    rest = capacity, levels, scale, softcap, None, block_table, new_key, remainder
     return decode(q, k, v, signatures, weights, biases, start, end, budgets, *rest)

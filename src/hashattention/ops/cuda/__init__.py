@@ -26,8 +26,10 @@ from hashattention.ops.cuda.step import (
     fuses,
     launch,
     planes_of,
+    remainder_bytes,
     starts_early,
 )
+from hashattention.ops.remainder import Remainder
 from hashattention.ops.shapes import mixture_in
 
 __all__ = ["attend", "decode", "decode_step", "refuse", "score_select"]
@@ -79,7 +81,8 @@ def _refuse_pages(tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
 def _refuse_length(tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
     signatures, table = arguments.get("signatures", tensor), arguments.get("block_table")
     tokens = signatures.shape[2] * (1 if table is None else table.shape[1])
-    held = choose(0, 1, tokens, arguments["capacity"], 8 * 256, mixture_in(tensor, arguments))
+    known = remainder_bytes(8, 256) if arguments.get("remainder") else 0
+    held = choose(0, 1, tokens, arguments["capacity"], 8 * 256, mixture_in(tensor, arguments), known)
     return None if held else f"{tokens} tokens a row are more than a cluster's shared memory holds"
 
 
@@ -167,11 +170,13 @@ def decode_step(
     new_key: tuple[Tensor, list[Tensor], list[Tensor]] | None = None,
     shape: tuple[int, int] | None = None,
     fused: bool | None = None,
+    remainder: Remainder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op `decode`; `new_key` (k ``[B, Hkv, 1, D]``, phi_k's weights and biases) is encoded in the same launch as q.
 
     Its signature goes to position ``end[b] - 1``. Few rows (requests times selection heads) are one launch, more are
-    two: `fused` says which, None as `FEW_ROWS` has it. `shape` forces (threads, blocks a row) of the second.
+    two: `fused` says which, None as `FEW_ROWS` has it. `shape` forces (threads, blocks a row) of the second. The
+    remainder is added before the output is rounded, by the tokens that were attended to.
     """
     batch, heads = budgets.shape[:2]
     bits = signatures.shape[-1] * 32
@@ -181,6 +186,10 @@ def decode_step(
     tokens = signatures.shape[2] * (1 if block_table is None else block_table.shape[1])
     tensors: dict[str, Tensor | None] = {"signatures": signatures, "start": start, "end": end, "budgets": budgets}
     tensors |= {"table": block_table, "q": q, "k": k, "v": v, "out": out, "logsumexp": logsumexp}
+    if remainder is not None:
+        sums, lengths, coefficients = remainder
+        tensors["sums"] = sums if sums.stride(2) == 1 else sums.contiguous()
+        tensors |= {"lengths": lengths.contiguous(), "coefficients": coefficients.contiguous()}
     run = functools.partial(
         launch, heads=heads, batch=batch, capacity=capacity, bits=bits, levels=levels, tokens=tokens, tensors=tensors,
         scale=scale, softcap=softcap, mixture=mixture,
@@ -189,17 +198,18 @@ def decode_step(
         new_key = _align(new_key[0]), *new_key[1:]
     hidden = fuses(q, heads, weights, new_key[1] if new_key else None, mixture)
     x = q.view(batch, heads, 1, -1)
+    known = 0 if remainder is None else remainder_bytes(q.shape[1] // heads, q.shape[-1])
     if hidden and (heads * batch <= FEW_ROWS if fused is None else fused):
         outputs = q.shape[1] // heads * q.shape[-1]
         processors = count_processors(q.device)
         sizes = tokens, capacity, outputs, hidden, bits, q.shape[-1]
-        whole = choose_fused(heads, batch, *sizes, processors, mixture)
+        whole = choose_fused(heads, batch, *sizes, processors, mixture, known)
         if whole:
             maps = describe(x, weights, biases), describe(*new_key) if new_key else Map()
             run(3, hidden=hidden, maps=maps, shape=whole)
             return out, logsumexp
     rows, outputs = heads * batch, q.shape[1] // heads * q.shape[-1]
-    chosen = choose(0, rows, tokens, capacity, outputs, mixture) if shape is None else None
+    chosen = choose(0, rows, tokens, capacity, outputs, mixture, known) if shape is None else None
     early = chosen is not None and starts_early(chosen, rows, tokens, bits)
     held = batch, heads, mixture, planes_of(levels) + 1, bits // 32
     planes = torch.empty(held, dtype=torch.int32, device=q.device)
@@ -225,10 +235,12 @@ def decode(
     softcap: float = 0.0,
     mask: Tensor | None = None,
     block_table: Tensor | None = None,
+    remainder: Remainder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the op `decode`."""
     maps = [w.contiguous() for w in weights], [b.float().contiguous() for b in biases]
-    start, end, budgets = start.contiguous(), end.contiguous(), budgets.contiguous()
     table = None if block_table is None else block_table.contiguous()
-    q = q.contiguous()
-    return decode_step(q, k, v, signatures, *maps, start, end, budgets, capacity, levels, scale, softcap, table)
+    rows = start.contiguous(), end.contiguous(), budgets.contiguous()
+    return decode_step(
+        q.contiguous(), k, v, signatures, *maps, *rows, capacity, levels, scale, softcap, table, remainder=remainder
+    )

@@ -1,6 +1,7 @@
 // Attend: an online softmax over a block's share of the selected rows, 16 tokens a warp at a time, then over warps and blocks.
 #pragma once
 #include "common.cuh"
+#include "remainder.cuh"
 
 // Tiles in flight a warp: where one block has a multiprocessor to itself, its registers hold two.
 constexpr int TILES = RESIDENT == 1 && THREADS <= 256 && HEAD_DIM <= 128 ? 2 : 1;
@@ -167,6 +168,14 @@ __device__ __forceinline__ void attend_own(const Arguments& a, Shared& s, int le
 
 constexpr int SHARE = ROWS * HEAD_DIM / BLOCKS;
 
+#if REMAINDER
+// Of the query heads that this block merges.
+__device__ __forceinline__ void estimate_own(const Arguments& a, const Shared& s, int rank, int taken) {
+    int first = rank * SHARE / HEAD_DIM;
+    estimate_remainder(a, s, first, ((rank + 1) * SHARE - 1) / HEAD_DIM + 1 - first, taken);
+}
+#endif
+
 // Few threads a block: each sums its output over the blocks, in order, so that every run gives the same bits.
 __device__ __forceinline__ void merge_blocks(const Arguments& a, const Shared& s, int rank, int64_t row_id) {
     for (int i = threadIdx.x; i < SHARE; i += THREADS) {
@@ -176,6 +185,9 @@ __device__ __forceinline__ void merge_blocks(const Arguments& a, const Shared& s
 #pragma unroll
         for (int j = 0; j < BLOCKS; j++) value += factors[j] * s.parts[j * SHARE + i];
         float result = weight > 0 ? __fdividef(value, weight) : 0;
+#if REMAINDER
+        result = add_remainder(s, r, (rank * SHARE + i) % HEAD_DIM, high + __log2f(weight), result);
+#endif
         int64_t place = row_id * ROWS * HEAD_DIM + rank * SHARE + i;
 #if HALF
         reinterpret_cast<__half*>(a.out)[place] = __float2half_rn(result);

@@ -1,7 +1,7 @@
 // What the parts of the step share. Built with: HEAD_DIM, ROWS (query heads a selection head), WORDS (of a signature), PLANES
-// (bits of a weight's magnitude), LEVELS, MIXED (codes a query, of whose scores the largest counts), PAGED, HALF (fp16, else bf16), HIDDEN0 and HIDDEN1 (0: no such stage), MODE, and the
-// shape of a launch: THREADS of a block, BLOCKS of a row, RESIDENT blocks of a multiprocessor. The shape is known to the compiler
-// because at batch 1 nearly all time is latency: a loop over the blocks of a cluster must be a handful of independent loads.
+// (bits of a weight's magnitude), LEVELS, MIXED (codes a query, of whose scores the largest counts), PAGED, HALF (fp16, else bf16), HIDDEN0 and HIDDEN1 (0: no such stage), MODE, REMAINDER (shared
+// bytes that a remainder takes, remainder.cuh; 0, which it is if not given: there is none), and the shape of a launch: THREADS of a block, BLOCKS of a row, RESIDENT blocks of a multiprocessor. The shape is known
+// to the compiler because at batch 1 nearly all time is latency: a loop over the blocks of a cluster must be a handful of independent loads.
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -14,6 +14,10 @@ namespace cg = cooperative_groups;
 // wide.cu says otherwise before it includes this.
 #ifndef WIDE
 #define WIDE 0
+#endif
+
+#ifndef REMAINDER
+#define REMAINDER 0
 #endif
 
 #ifdef PROFILE
@@ -118,6 +122,10 @@ struct Arguments {
     Map query, key;               // only where the step encodes; key.x may be null
     char* board;                  // wide.cu: rows of `board_row` bytes, as `Board` has it
     int64_t board_row;
+    const float* sums;            // only with a remainder: [B, Hkv, 2 HEAD_DIM + 1], summed keys, summed values, their number
+    const int* lengths;           // [B]
+    const float* coefficients;    // [H * ROWS, 3]
+    int64_t m0, m1;               // strides of the sums
 };
 
 struct Row {
@@ -152,7 +160,7 @@ struct Shared {
     uint32_t* planes;   // 32 * MIXED: the query code of this row
     float* stats;       // BLOCKS * 16: every block's maximum and sum of each query head
     float* parts;       // ROWS * HEAD_DIM: every block's part of the outputs that this block merges
-    int* list;          // list_capacity
+    int* list;          // list_capacity, behind the remainder's bytes
     char* rest;
 
     __device__ Shared(char* base, const Arguments& a) {
@@ -162,12 +170,11 @@ struct Shared {
         planes = reinterpret_cast<uint32_t*>(warps + 32);
         stats = reinterpret_cast<float*>(planes + 32 * MIXED);
         parts = stats + BLOCKS * 16;
-        list = reinterpret_cast<int*>(parts + ROWS * HEAD_DIM);
+        list = reinterpret_cast<int*>(known() + REMAINDER);
         rest = reinterpret_cast<char*>(list + a.list_capacity);
     }
+    __device__ char* known() const { return reinterpret_cast<char*>(parts + ROWS * HEAD_DIM); }
     __device__ uint32_t* newest() const { return planes + 32 * MIXED - 4; }
     __device__ uint8_t* scores() const { return reinterpret_cast<uint8_t*>(rest); }
     __device__ float* scratch() const { return reinterpret_cast<float*>(rest); }
-
-    static constexpr int fixed_bytes() { return BLOCKS * BINS * 2 + BINS * 4 + 128 + 128 * MIXED + BLOCKS * 64 + ROWS * HEAD_DIM * 4; }
 };

@@ -111,9 +111,13 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         if (MODE == 3 && a.key.x != nullptr && row.local_begin == row.stop && row.stop > row.sink_stop) older.local_begin--;
         Keys key;
         auto early = [&] {
-            if (!selects) return;
-            prefetch(a, row, first, segment, request, head);
-            if (AHEAD) load_keys(a, older, first, segment, request, head, threadIdx.x >> 5, key);
+            if (selects) {
+                prefetch(a, row, first, segment, request, head);
+                if (AHEAD) load_keys(a, older, first, segment, request, head, threadIdx.x >> 5, key);
+            }
+#if REMAINDER
+            if (ASK_FIRST) ask_remainder(a, s, request, head);
+#endif
         };
 #if MODE == 3
         encode_query(cluster, a, s, request, head, early);
@@ -131,6 +135,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         if (selects) border = select_row(cluster, a, s, row, older, first, segment, request, head, key);
         else if (MODE != 3) cluster.barrier_wait();
         MARK(9);
+#if REMAINDER
+        if (!ASK_FIRST) ask_remainder(a, s, request, head);
+#endif
         int sink = row.sink_stop - row.begin, local = row.stop - row.local_begin, count = sink + border.heavy + local;
         per = (count + BLOCKS - 1) / BLOCKS;
         length = max(0, min(per, count - rank * per));
@@ -159,7 +166,15 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
             else if (at >= sink + border.heavy) s.list[i] = row.local_begin + at - sink - border.heavy;
         }
         MARK(10);
+#if REMAINDER
+        await_remainder();
+        __syncthreads();
+        cluster.barrier_arrive();
+        estimate_own(a, s, rank, count);
+        cluster.barrier_wait();
+#else
         cluster.sync();
+#endif
     }
     if (PAGED) {
         if (MODE == 2) __syncthreads();

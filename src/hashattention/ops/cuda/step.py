@@ -71,6 +71,8 @@ class Step(ctypes.Structure):
         ("key", Map),
         ("board", POINTER),
         ("board_row", LONG),
+        *((n, POINTER) for n in ("sums", "lengths", "coefficients")),
+        *((n, LONG) for n in ("m0", "m1")),
     )
 
 
@@ -160,10 +162,11 @@ def fit(
     workspace: int = 0,
     wide: bool = False,
     mixture: int = 1,
+    known: int = 0,
 ) -> Shape | None:
     """The shape for `rows` rows of `tokens` tokens of which `capacity` are taken, `outputs` numbers a row, `workspace`
-    floats for the encoding and queries of `mixture` codes; None if a block's shared memory is too small. `Shared` of
-    common.cuh.
+    floats for the encoding, queries of `mixture` codes and `known` bytes for a remainder; None if a block's shared
+    memory is too small. `Shared` of common.cuh.
     """
     segment = math.ceil(tokens / (blocks * 128)) * 128
     # A list of wide.cu may be filled up to a whole turn of the gather.
@@ -171,15 +174,22 @@ def fit(
     slots = math.ceil(math.ceil(capacity / blocks) / turn) * turn
     parts = 0 if mode == 1 else threads // 32 * (outputs + 16) * 4
     rest = max(segment, parts, workspace * 4)
-    shared = blocks * (128 * 2 + 64) + 128 * 4 + 128 + 128 * mixture + outputs * 4 + slots * 4 + rest
+    shared = blocks * (128 * 2 + 64) + 128 * 4 + 128 + 128 * mixture + outputs * 4 + slots * 4 + known + rest
     resident = residents(mode, threads, blocks, rows)
     fits = (shared + BLOCK_BYTES) * resident <= SHARED_BYTES and segment <= 1 << 16
     return Shape(threads, blocks, resident, slots, shared, wide) if fits else None
 
 
-def choose(mode: int, rows: int, tokens: int, capacity: int, outputs: int, mixture: int = 1) -> Shape | None:
+def remainder_bytes(group: int, head_dim: int) -> int:
+    """Shared bytes that a remainder takes of a block: `Known` of remainder.cuh."""
+    return math.ceil((group * (28 + head_dim * 2) + (2 * head_dim + 2) * 4) / 16) * 16
+
+
+def choose(
+    mode: int, rows: int, tokens: int, capacity: int, outputs: int, mixture: int = 1, known: int = 0
+) -> Shape | None:
     """The fewest blocks a row that fill the chip; None if a row is too long for any."""
-    fits = (fit(mode, *pair, rows, tokens, capacity, outputs, mixture=mixture) for pair in SHAPES)
+    fits = (fit(mode, *pair, rows, tokens, capacity, outputs, mixture=mixture, known=known) for pair in SHAPES)
     shapes = [shape for shape in fits if shape]
     filling = [s for s in shapes if rows * s.blocks >= FULL]
     return filling[-1] if filling else shapes[0] if shapes else None
@@ -208,19 +218,20 @@ def choose_fused(
     head_dim: int,
     processors: int = PROCESSORS,
     mixture: int = 1,
+    known: int = 0,
 ) -> Shape | None:
     """The shape in which the step encodes by itself, whatever the number of rows; None if they are too long."""
     alone = batch * heads * WIDE_BLOCKS <= processors
     if tokens >= WIDE_SLOTS and alone and hidden[0] <= 256 and not hidden[1] and mixture == 1:
         workspace = 2 * _query_workspace(hidden, bits, WIDE_BLOCKS)
-        shape = fit(3, WIDE_THREADS, WIDE_BLOCKS, 1, tokens, capacity, outputs, workspace, wide=True)
+        shape = fit(3, WIDE_THREADS, WIDE_BLOCKS, 1, tokens, capacity, outputs, workspace, wide=True, known=known)
         if shape:
             return shape
     few = 384 if tokens >= MORE_THREADS_SLOTS else 256
     threads, blocks = 512 if max(hidden) > 256 else few, 8
     workspace = _workspace(hidden, bits, threads, blocks, head_dim, mixture)
     clusters = batch * (heads + math.ceil(heads / blocks))
-    return fit(3, threads, blocks, clusters, tokens, capacity, outputs, workspace, mixture=mixture)
+    return fit(3, threads, blocks, clusters, tokens, capacity, outputs, workspace, mixture=mixture, known=known)
 
 
 @functools.cache
@@ -313,20 +324,22 @@ def launch(
 ) -> None:
     """Launch step.cu, or wide.cu if the shape is, on named tensors; mode 0: the whole step, 1: select only, 2: attend
     only, 3: the whole step with the encoding by `maps` of these `hidden` widths, in the `shape` of `choose_fused`.
-    `shape` forces (threads, blocks); a query is a `mixture` of so many codes.
+    `shape` forces (threads, blocks); a query is a `mixture` of so many codes. Sums, lengths and coefficients among the
+    tensors are a remainder, in modes 0 and 3.
     """
-    q, k, v, signatures, table = (tensors.get(name) for name in ("q", "k", "v", "signatures", "table"))
+    q, k, v, signatures, table, sums = (tensors.get(n) for n in ("q", "k", "v", "signatures", "table", "sums"))
     rows, held, taken = heads * batch, tokens if mode != 2 else 0, capacity if mode != 1 else 4
     outputs = 64 if q is None else q.shape[1] // heads * q.shape[-1]
+    known = 0 if sums is None or q is None else remainder_bytes(q.shape[1] // heads, q.shape[-1])
     if isinstance(shape, Shape):
         chosen: Shape | None = shape
     else:
-        sizes = rows, held, taken, outputs
-        chosen = fit(mode, *shape, *sizes, mixture=mixture) if shape else choose(mode, *sizes, mixture)
+        size = functools.partial(fit, mode, *shape) if shape else functools.partial(choose, mode)
+        chosen = size(rows, held, taken, outputs, mixture=mixture, known=known)
     if chosen is None:
         raise BackendError(f"{tokens} tokens a row do not fit the shared memory of a cluster. Use backend='triton'.")
     widths = hidden if mode == 3 else (0, 0)
-    library = load_step(mode, chosen, q, heads, bits, levels, table is not None, widths, mixture)
+    library = load_step(mode, chosen, q, heads, bits, levels, table is not None, widths, mixture, known)
     arguments = Step(**{name: _pointer(tensor) for name, tensor in tensors.items()})
     if signatures is not None:
         arguments.s0, arguments.s1 = signatures.stride(0), signatures.stride(1)
@@ -337,6 +350,8 @@ def launch(
         arguments.q0, arguments.q1 = q.stride()[:2]
         arguments.ratio = heads // k.shape[1]
         arguments.page_shift = k.shape[2].bit_length() - 1 if table is not None else 0
+    if sums is not None:
+        arguments.m0, arguments.m1 = sums.stride()[:2]
     arguments.table_width = 0 if table is None else table.shape[1]
     arguments.tokens, arguments.capacity = tokens, capacity
     arguments.list_capacity, arguments.scale, arguments.softcap = chosen.slots, scale, softcap
@@ -362,14 +377,15 @@ def load_step(
     paged: bool,
     hidden: tuple[int, int],
     mixture: int = 1,
+    known: int = 0,
 ) -> ctypes.CDLL:
-    """The step compiled for one mode and shape."""
+    """The step compiled for one mode and shape, and a remainder of `known` shared bytes or none."""
     return load(
         "wide" if shape.wide else "step",
         HEAD_DIM=64 if q is None else q.shape[-1], ROWS=1 if q is None else q.shape[1] // heads,
         WORDS=bits // 32, PLANES=planes_of(levels), LEVELS=levels, MIXED=mixture, PAGED=int(paged),
         HALF=int(q is not None and q.dtype == torch.float16), HIDDEN0=hidden[0], HIDDEN1=hidden[1],
-        MODE=mode, THREADS=shape.threads, BLOCKS=shape.blocks, RESIDENT=shape.resident,
+        MODE=mode, THREADS=shape.threads, BLOCKS=shape.blocks, RESIDENT=shape.resident, REMAINDER=known,
     )  # fmt: skip
 
 

@@ -168,9 +168,13 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
     bool newest = selects && older.local_begin < row.local_begin && row.stop - 1 >= first && row.stop - 1 < first + segment;
     Keys key;
     auto early = [&] {
-        if (!selects) return;
-        load_keys(a, older, first, segment, request, head, threadIdx.x >> 5, key);
-        if (segment > COVERED) prefetch(a, row, first + COVERED, segment - COVERED, request, head);
+        if (selects) {
+            load_keys(a, older, first, segment, request, head, threadIdx.x >> 5, key);
+            if (segment > COVERED) prefetch(a, row, first + COVERED, segment - COVERED, request, head);
+        }
+#if REMAINDER
+        ask_remainder(a, s, request, head);
+#endif
     };
     uint64_t tag = encode_wide(a, s, board, request, head, rank, rank == BLOCKS - 1, newest, early);
     MARK(6);
@@ -219,12 +223,18 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
             }
         }
     }
+#if REMAINDER
+    await_remainder();
+#endif
     __syncthreads();
     MARK(11);
     attend_own(a, s, length, request, head, [&](int i, int r, float2 value, float high, float weight) {
         post(board.part(i / SHARE, rank, i % SHARE / 2), join(value.x, value.y), tag);
         if (i % HEAD_DIM == 0) post(board.stats(rank, r), join(high, weight), tag);
     });
+#if REMAINDER
+    estimate_own(a, s, rank, count);
+#endif
     // The other blocks' parts of this block's outputs, and everybody's maxima and sums.
     constexpr int EACH = (ROWS * HEAD_DIM / 2 + THREADS - 1) / THREADS;
     static_assert(SHARE % 2 == 0 && BLOCKS * ROWS <= THREADS, "shares");

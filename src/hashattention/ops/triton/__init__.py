@@ -51,6 +51,8 @@ def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
     for name in ("weights", "key_weights"):
         if reason is None and arguments.get(name):
             reason = _refuse_map(arguments[name])
+    if reason is None and op == "decode_step" and mixture_in(tensor, arguments) > 1:
+        reason = "a mixture's map ends wider than the new key's, which is signed in a launch of its own"
     if reason is None and op in ("score_select", "decode", "decode_step") and "selection_heads" in arguments:
         reason = _refuse_levels(tensor, arguments)
     return reason

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hashattention.ops.remainder import Remainder
 from hashattention.ops.triton.attend import attend
 from hashattention.ops.triton.encode import dot_type, launch, launch_pair, write_signature
+from hashattention.ops.triton.remainder import add_remainder
 from hashattention.ops.triton.select import score_select
 
 #: The newest key ``[B, Hs, 1, D]`` and its map's weights and biases.
@@ -30,8 +32,11 @@ def decode_step(
     block_table: Tensor | None = None,
     new_key: NewKey | None = None,
     v_scale: float = 1.0,
+    remainder: Remainder | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As the op `decode`; `new_key` is encoded in the same launch as q, its signature goes to ``end[b] - 1``."""
+    """As the op `decode`; `new_key` is encoded in the same launch as q, its signature goes to ``end[b] - 1``. A
+    remainder is one launch more.
+    """
     batch, maps, bits = q.shape[0], weights[0].shape[0], weights[-1].shape[-1]
     # One query a head, so a group's queries already lie side by side.
     x = q.reshape(batch, maps, 1, -1)
@@ -49,7 +54,11 @@ def decode_step(
         launch(x, weights, biases, code, rate, levels=levels)
     bounds = (start, end, budgets, capacity)
     indices, counts = score_select(code, signatures, *bounds, block_table=block_table, levels=levels or 127)
-    return attend(q, k, v, indices, counts, scale, softcap, block_table, v_scale=v_scale)
+    out, logsumexp = attend(q, k, v, indices, counts, scale, softcap, block_table, v_scale=v_scale)
+    if remainder is not None:
+        sums, lengths, coefficients = remainder
+        out = add_remainder(out, logsumexp, q, sums, counts, lengths, coefficients, scale, softcap)
+    return out, logsumexp
 
 
 def decode(
@@ -69,9 +78,10 @@ def decode(
     mask: Tensor | None = None,
     block_table: Tensor | None = None,
     v_scale: float = 1.0,
+    remainder: Remainder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the op `decode`: out ``[B, Hq, 1, Dv]`` and logsumexp ``[B, Hq, 1]``."""
-    rows = start, end, budgets
+    rows = start, end, budgets, capacity
     return decode_step(
-        q, k, v, signatures, weights, biases, *rows, capacity, levels, scale, softcap, block_table, None, v_scale
+        q, k, v, signatures, weights, biases, *rows, levels, scale, softcap, block_table, None, v_scale, remainder
     )
