@@ -1,7 +1,7 @@
 """Give maps their remainder (again), from training text: minutes on a CPU at 8K, seconds on a GPU.
 
     python recipes/fit_remainder.py qwen2.5-coder-0.5b-instruct artifacts/qwen2.5-coder-0.5b-instruct \\
-        --text texts/train --lengths 8192 16384 32768 --count 6
+        --text texts/train --lengths 8192 16384 32768
 
 The folder's config.json is written anew, its weights stay. ``--exact FILE`` fits exact shared selection on the same
 sequences and writes its coefficients to a file of their own, for `recipes/measure_maps.py`.
@@ -19,7 +19,9 @@ import torch
 
 from hashattention import artifact
 from hashattention.maps import HashMaps
+from hashattention.models.capture import CHUNK
 from hashattention.models.source import load_model
+from hashattention.train.recipe import Recipe
 from hashattention.train.remainder import as_remainder, fit
 from hashattention.train.run import GPU_CHUNK
 from hashattention.train.text import sequences
@@ -43,11 +45,11 @@ def main() -> None:
     def tell(what: str, done: int, total: int) -> None:
         sys.stderr.write(f"{what}: {done} of {total}\n")
 
-    chunk = GPU_CHUNK if given.device.startswith("cuda") else None
+    chunk = GPU_CHUNK if given.device.startswith("cuda") else CHUNK
     for chosen, where in ((maps, None), (None, given.exact)):
         if chosen is None and where is None:
             continue
-        options = {"sink": 16, "local": 64, "asking": asking, "chunk": chunk}
+        options = {"sink": 16, "local": 64, "steps": given.steps, "asking": asking, "chunk": chunk}
         table = fit(loaded.model, maps.model, chosen, text, **options, progress=tell)
         if where is None:
             artifact.write_config(given.maps, {**artifact.read_config(given.maps), "remainder": as_remainder(table)})
@@ -62,8 +64,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("maps", type=Path, help="a maps folder")
     parser.add_argument("--text", action="append", required=True, help="training text; may be repeated")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192])
-    parser.add_argument("--count", type=int, default=4, help="sequences, of these lengths in turn")
+    parser.add_argument("--count", type=int, default=16, help="sequences, of these lengths in turn")
     parser.add_argument("--facts", action="store_true", help="as many sequences again that ask for facts")
+    parser.add_argument("--steps", type=int, default=Recipe.prediction_steps, help="of `predictions.tune`")
     parser.add_argument("--exact", type=Path, help="where to write the coefficients of exact shared selection")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="of the model; by default as stored")

@@ -39,6 +39,6 @@ def tiny_recipe(**changes: Any) -> Recipe:
     plain: dict[str, Any] = {
         "maps": MapsConfig(bits=32, widths=(16,)), "context": 256, "sequences": 4, "held_out": 2, "queries": 32,
         "held_out_queries": 8, "step_queries": 16, "steps": 12, "warmup": 2, "sink": 4, "local": 16,
-        "checkpoint_every": 4,
+        "checkpoint_every": 4, "prediction_steps": 4,
     }  # fmt: skip
     return Recipe(**{**plain, **changes})

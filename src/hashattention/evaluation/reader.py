@@ -20,7 +20,7 @@ from hashattention.evaluation.decoder import Decoder, attend_by, can_decode
 from hashattention.evaluation.fixed import FixedSteps
 from hashattention.evaluation.meter import Meter
 from hashattention.integrations.transformers import SLOT, Attachment, SelectedLayer, attach
-from hashattention.models.describe import attention_modules, dense_function, describe, text_config
+from hashattention.models.describe import attention_modules, dense_function, text_config, token_bytes
 from hashattention.rows import Extent
 from hashattention.selectors.base import Selector
 from hashattention.train.targets import free_bytes
@@ -230,12 +230,6 @@ def can_batch(model: Any) -> bool:
     """Whether every layer's cache can be padded and cropped (sliding-window layers cannot)."""
     layers = DynamicCache(config=model.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-
-def token_bytes(model: Any) -> int:
-    """Bytes of K and V of one token, all layers."""
-    base = describe(model)
-    return int(2 * base.num_hidden_layers * base.num_key_value_heads * base.head_dim * model.dtype.itemsize)
 
 
 def batch_tokens(model: Any) -> int:

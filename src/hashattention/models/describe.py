@@ -110,3 +110,9 @@ def describe(model: Any) -> BaseModel:
         rope=canonical_rope(rope.get("full_attention", rope)),
         name=public_name(getattr(model.config, "name_or_path", "") or ""),
     )
+
+
+def token_bytes(model: Any) -> int:
+    """Bytes of K and V of one token, all layers."""
+    base = describe(model)
+    return int(2 * base.num_hidden_layers * base.num_key_value_heads * base.head_dim * model.dtype.itemsize)

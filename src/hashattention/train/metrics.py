@@ -244,10 +244,11 @@ def measure_heads(
             sample = held_out.read(index, row, row + 1).to(device)
             exact = Exact.of(sample, budgets[0].sink, budgets[0].local)
             for name, maps in moved.items():
-                shares = None if maps is None or maps.shares is None else maps.shares[row]
+                held = 0 if maps is None else maps.model.layers.index(base.layers[row])
+                shares = None if maps is None or maps.shares is None else maps.shares[held]
                 scores = method_scores(name, maps, exact, sample, base, row)
                 chosen = choose(scores, sample.positions, budgets, shares)
-                filled = _remainder(name, maps, row, device)
+                filled = _remainder(name, maps, held, device)
                 total[name][:, row] += torch.stack([exact.quality(each, filled) for each in chosen]) / len(held_out)
             if progress is not None:
                 progress("measuring", index * layers + row + 1, len(held_out) * layers)

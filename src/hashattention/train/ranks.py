@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -13,6 +14,8 @@ from hashattention.config import BaseModel
 from hashattention.errors import ConfigError
 from hashattention.maps import HashMaps
 from hashattention.train.recipe import Recipe
+
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,11 @@ class Ranks:
             return tables
         parts = self._all(tables)
         return {name: torch.cat([part[name] for part in parts], dim=1) for name in tables}
+
+    def by_first(self, make: Callable[[], Made]) -> Made:
+        """What `make` gives in the first process, on every rank."""
+        made = make() if self.first else None
+        return cast(Made, made if self.world == 1 else self._all(made)[0])
 
     def wait(self) -> None:
         """Until every rank is here."""

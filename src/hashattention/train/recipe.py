@@ -34,7 +34,10 @@ _WHOLE = (
     *("context", "sequences", "queries", "steps", "step_sequences", "step_queries", "top", "negatives"),
     *("checkpoint_every", "check_every"),
 )
-_COUNTS = ("held_out", "held_out_queries", "sink", "local", "warmup", "seed", "step_tokens", "keep_tokens", "patience")
+_COUNTS = (
+    *("held_out", "held_out_queries", "sink", "local", "warmup", "seed", "step_tokens", "keep_tokens", "patience"),
+    "prediction_steps",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,9 @@ class Recipe:
     fit_budgets : float
         Mean heavy budget (a fraction) that is shared among layers and index sets by what it gains there, found on the
         first half of the held-out sequences; the metrics are then taken on the second half. 0: all have the same.
+    prediction_steps : int
+        Steps in which the remainder's coefficients, fitted to the layers' outputs, are moved towards what the model
+        predicts with dense attention (`predictions.tune`). 0: they stay.
     seed : int
         Fixes the split, the positions, the initial weights and every step's draw.
     """
@@ -162,6 +168,7 @@ class Recipe:
     checkpoint_every: int = 200
     budgets: tuple[float, ...] = (1 / 8, 1 / 16, 1 / 32)
     fit_budgets: float = 0.0
+    prediction_steps: int = 192
     seed: int = 0
 
     def __post_init__(self) -> None:

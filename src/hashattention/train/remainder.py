@@ -1,6 +1,7 @@
 """The remainder's coefficients: how much of the attention the tokens left out are estimated to have.
 
-Three numbers a query head (`ops.add_remainder`), fitted so that the output is as close to dense attention as it can be.
+Three numbers a query head (`ops.add_remainder`), fitted so that the output is as close to dense attention as it can be,
+then so that what the model predicts is (`train.predictions`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from hashattention.config import BaseModel, Budget
 from hashattention.maps import HashMaps, check_remainder
-from hashattention.models.capture import Sample, capture
+from hashattention.models.capture import CHUNK, Sample, capture
 from hashattention.models.packaged import Progress
 from hashattention.train.facts import room
 from hashattention.train.metrics import Exact, choose, method_scores, share_left
+from hashattention.train.predictions import tune
+from hashattention.train.recipe import Recipe
 from hashattention.train.text import Texts, sequences
 
 if TYPE_CHECKING:
@@ -26,8 +29,8 @@ Remainder = tuple[tuple[tuple[float, ...], ...], ...]
 
 #: Heavy budgets that one set of coefficients is to serve.
 HEAVY = (1 / 8, 1 / 16, 1 / 32, 1 / 64)
-#: Training sequences that are read again (as many of those that ask for facts), and queries of each.
-SEQUENCES, QUERIES = 4, 64
+#: Training sequences that are read again (half of them ask for facts where any does), and queries of each.
+SEQUENCES, QUERIES = 16, 64
 #: Steps of the quasi-Newton method, and the weight of the coefficients' squares, which holds what the data leave open.
 STEPS, HOLD = 100, 1e-4
 START = (-1.0, 0.3, 0.0)
@@ -96,23 +99,27 @@ def fit(
     *,
     sink: int,
     local: int,
+    steps: int = 0,
     asking: Container[int] = (),
-    chunk: int | None = None,
+    chunk: int = CHUNK,
     progress: Progress | None = None,
 ) -> Tensor:
     """Coefficients for `maps` (None: for exact shared selection) from token sequences that `model` reads, one after the
-    other, so that no more than one is held: float64 ``[L, Hq, 3]``.
+    other, so that no more than one is held; those for maps are then moved in `steps` of `predictions.tune`. float64
+    ``[L, Hq, 3]``.
 
     Half of the queries of a sequence whose number is in `asking` lie where it asks for facts (`facts.plant`).
     """
     found = Fit(maps, base, sink=sink, local=local)
     for number, each in enumerate(tokens):
         positions = _positions(len(each), sink + local + 1, number in asking)
-        options = {} if chunk is None else {"chunk": chunk}
-        found.add(capture(model, base, each, positions, value=True, **options))
+        found.add(capture(model, base, each, positions, value=True, chunk=chunk))
         if progress is not None:
             progress("fitting the remainder", number + 1, len(tokens))
-    return found.solve()
+    table = found.solve()
+    if maps is None or not steps:
+        return table
+    return tune(model, maps, tokens, table, found.budgets, steps=steps, chunk=chunk, progress=progress)
 
 
 def _positions(length: int, least: int, asks: bool) -> Tensor:
@@ -139,7 +146,8 @@ def calibrate(
     count: int = SEQUENCES,
     sink: int = 16,
     local: int = 64,
-    chunk: int | None = None,
+    steps: int = Recipe.prediction_steps,
+    chunk: int = CHUNK,
     progress: Progress | None = None,
 ) -> HashMaps:
     """Give maps that have none (of an older release, say) their remainder; `save_pretrained` keeps it.
@@ -154,14 +162,14 @@ def calibrate(
         As for `train.run.train`: `count` sequences are read, of `lengths` tokens in turn.
     sink, local : int
         Tokens that are always attended.
-    chunk : int, optional
-        Tokens the model reads at once.
+    steps, chunk : int
+        Steps of `predictions.tune`, and tokens the model reads at once.
     """
     text = sequences(
         model.tokenizer, texts, context=max(lengths), count=count, held_out=0, seed=0, lengths=lengths,
         progress=progress,
     )  # fmt: skip
-    options: dict[str, Any] = {"sink": sink, "local": local, "chunk": chunk}
+    options: dict[str, Any] = {"sink": sink, "local": local, "steps": steps, "chunk": chunk}
     table = fit(model.model, maps.model, maps, text.train, **options, progress=progress)
     maps.remainder = as_remainder(table)
     return maps

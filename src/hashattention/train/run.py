@@ -135,16 +135,11 @@ def train(
         progress=progress,
     )  # fmt: skip
     shares = share_budgets(captured, base, maps, recipe, where, ranks) if recipe.fit_budgets else None
-    if shares is not None:
-        at = whole.layers.index(base.layers[0])
-        maps.shares = shares[at : at + len(base.layers)]
-    filled = fit_remainder(loaded.model, base, text, maps, recipe, ranks, progress)
-    at = whole.layers.index(base.layers[0])
-    maps.remainder = filled[at : at + len(base.layers)]
-    measured = measure(captured, base, maps, recipe, where, progress)
     fitted = fit_temperatures(captured.train, base, maps, recipe, where, ranks)
     maps = ranks.join_maps(maps, recipe, whole)
-    maps.shares, maps.temperatures, maps.remainder = shares, fitted, filled
+    maps.shares, maps.temperatures = shares, fitted
+    maps.remainder = ranks.by_first(lambda: fit_remainder(loaded.model, whole, text, maps, recipe, progress))
+    measured = measure(captured, base, maps, recipe, where, progress)
     report: dict[str, Any] = {
         "recipe": recipe.as_dict(),
         "metrics": metrics.summarise(ranks.join_tables(measured), _budgets(recipe), whole) if measured else {},
@@ -217,19 +212,18 @@ def fit_remainder(
     text: Sequences,
     maps: HashMaps,
     recipe: Recipe,
-    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> remainder.Remainder:
-    """The remainder's coefficients, of all ranks' layers, from the first training sequences, and the first of those
-    that ask for facts, which the model reads again.
+    """The remainder's coefficients from the first training sequences, and the first of those that ask for facts, which
+    the model reads again.
     """
-    plain = [number for number in range(len(text.train)) if number not in text.facts][: remainder.SEQUENCES]
-    tokens = [text.train[number] for number in [*plain, *list(text.facts)[: remainder.SEQUENCES]]]
-    options: dict[str, Any] = {"sink": recipe.sink, "local": recipe.local, "chunk": _chunk(model)}
-    options["asking"] = range(len(plain), len(tokens))
-    table = remainder.fit(model, base, maps, tokens, **options, progress=progress)
-    if ranks is not None:
-        table = ranks.join_tables({"all": table[None]})["all"][0]
+    count = remainder.SEQUENCES // (2 if text.facts else 1)
+    plain = [number for number in range(len(text.train)) if number not in text.facts][:count]
+    tokens = [text.train[number] for number in [*plain, *list(text.facts)[:count]]]
+    table = remainder.fit(
+        model, base, maps, tokens, sink=recipe.sink, local=recipe.local, steps=recipe.prediction_steps,
+        asking=range(len(plain), len(tokens)), chunk=_chunk(model), progress=progress,
+    )  # fmt: skip
     return remainder.as_remainder(table)
 
 

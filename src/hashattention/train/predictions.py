@@ -1,0 +1,245 @@
+"""The remainder's coefficients by what the model predicts: the next tokens that it predicts with dense attention.
+
+Those that bring every layer's output closest to dense attention (`train.remainder`) do not bring the predictions
+closest: what layers err by adds up, and not all directions of an output matter alike. From there they are moved by
+gradient, through the whole model, all layers sparse on the last tokens of training sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from hashattention import ops
+from hashattention.config import Budget
+from hashattention.maps import HashMaps
+from hashattention.models.capture import CHUNK
+from hashattention.models.describe import dense_function, text_config, token_bytes
+from hashattention.models.packaged import Progress
+from hashattention.ops import reference
+from hashattention.rows import count_budget, scale_heavy
+from hashattention.selectors.remainder import BLOCK
+
+IMPLEMENTATION = "hash_predictions"
+#: Tokens at a sequence's end whose predictions count.
+TAIL = 128
+#: The largest change of a coefficient in a step; it falls to a twentieth.
+RATE = 0.03
+#: Weight of the coefficients' squared distance from where they begin, which holds what predictions leave open.
+HOLD = 1e-3
+#: The least log-probability that counts: models may rule tokens out.
+LEAST = -1e4
+#: Share of the free memory that the sequences' caches may take.
+SHARE = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Excerpt:
+    """A sequence as `model` reads it with its own attention: the cache of all but its last N tokens, these as `tail`
+    int64 ``[1, N]``, and the log-probabilities of what follows each of them, float32 ``[N, vocabulary]``.
+    """
+
+    prefix: Any
+    tail: Tensor
+    expected: Tensor
+
+    @classmethod
+    def of(cls, model: Any, tokens: Tensor, chunk: int = CHUNK) -> Excerpt:
+        """Of `tokens` int64 ``[T]``, read `chunk` at a time; N is `TAIL`, or half of a shorter sequence."""
+        from transformers import DynamicCache
+
+        whole, count = tokens[None].to(model.device), min(TAIL, len(tokens) // 2)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            for part in whole[:, :-count].split(chunk, 1):
+                model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
+            return cls(cache, whole[:, -count:], _predict(model, cache, whole[:, -count:]))
+
+    def divergence(self, model: Any) -> Tensor:
+        """KL of the model's predictions, as it attends now, from those by dense attention: a mean over the tail."""
+        found = _predict(model, self.prefix, self.tail)
+        return functional.kl_div(found, self.expected, log_target=True, reduction="batchmean")
+
+
+def _predict(model: Any, cache: Any, tail: Tensor) -> Tensor:
+    """Log-probabilities after each token of `tail`, float32 ``[N, vocabulary]``; the cache stays as it is."""
+    logits = model(input_ids=tail, past_key_values=copy.deepcopy(cache), use_cache=True).logits[0]
+    predicted: Tensor = logits.float().log_softmax(-1).clamp(min=LEAST)
+    return predicted
+
+
+@dataclasses.dataclass
+class TailAttention:
+    """Attention of a tail's queries, all at once, by what `maps` select for each, with the remainder by `coefficients`
+    float32 ``[L, Hq, 3]``: `HashSelector`, but differentiable. Layers without a map attend by the model's `own`
+    implementation.
+    """
+
+    maps: HashMaps
+    coefficients: Tensor
+    budget: Budget
+    own: str
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float) -> Tensor:
+        """Output ``[1, Hq, N, Dv]`` of the N last queries ``[1, Hq, N, D]`` over the cache ``[1, Hkv, T, D]``."""
+        row, tokens = self.maps.model.layers.index(layer), key.shape[2]
+        lengths = torch.arange(tokens - query.shape[2] + 1, tokens + 1, dtype=torch.int32, device=query.device)
+        with torch.no_grad():
+            indices, taken = self._select(row, query, key, lengths)
+            sums = _running_sums(key[0], value[0], lengths)
+        known = indices, taken, sums, lengths, self.coefficients[row], scale, softcap
+        # Gathered keys and values are made again on the way back rather than kept for every layer.
+        out: Tensor = checkpoint(_attend, query, key, value, *known, use_reentrant=False)
+        return out
+
+    def _select(self, row: int, query: Tensor, key: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices int32 ``[N, Hsel, K]`` and their counts int32 ``[N, Hsel]``: every query is a request of its own."""
+        config, model, tokens = self.maps.config, self.maps.model, key.shape[2]
+        layer, heads = self.maps.layer(model.layers[row]), config.selection_heads(model)
+        code = layer.code_queries(query.float(), (lengths - 1)[None])[0].transpose(0, 1)[:, :, None].contiguous()
+        signatures = layer.sign_keys(key.float(), torch.arange(tokens, device=key.device)[None])
+        budgets, capacity = count_budget(self.budget, lengths)[:, None].expand(-1, heads, -1), tokens
+        if self.maps.shares is None:
+            capacity = self.budget.capacity(tokens)
+        else:
+            shares = torch.tensor(self.maps.shares[row], dtype=torch.float64, device=key.device)
+            budgets = scale_heavy(budgets, lengths[:, None], shares)
+        rows = torch.zeros_like(lengths), lengths, budgets.contiguous(), capacity
+        return ops.score_select(code, signatures.expand(len(lengths), -1, -1, -1), *rows, levels=config.levels)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, taken: Tensor, sums: Tensor, lengths: Tensor,
+    coefficients: Tensor, scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    """`ops.attend` and `ops.add_remainder` for N queries over one cache."""
+    used = torch.arange(indices.shape[2], device=query.device) < taken[..., None]
+    token = indices.masked_fill(~used, 0).long()
+    head = torch.arange(token.shape[1], device=query.device) * key.shape[1] // token.shape[1]
+    keys, values = (part[0][head[:, None], token] for part in (key, value))
+    queries = query[0].transpose(0, 1)
+    logits = (queries.unflatten(1, (len(head), -1)) @ keys.transpose(-1, -2)).float() * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~used[:, :, None], -torch.inf)
+    out = (logits.softmax(-1).to(values.dtype) @ values).float().flatten(1, 2)[:, :, None]
+    logsumexp = logits.logsumexp(-1).flatten(1, 2)[:, :, None]
+    known = queries[:, :, None], sums, taken, lengths, coefficients
+    out = reference.add_remainder(out, logsumexp, *known, scale, softcap)
+    return out[:, :, 0].transpose(0, 1)[None].to(query.dtype)
+
+
+def _running_sums(key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    """`selectors.remainder.running_sums` of a cache ``[Hkv, T, D]`` for each of `lengths`: ``[N, Hkv, D + Dv + 1]``."""
+    whole = key.shape[1] // BLOCK
+    both = torch.cat([key, value], -1)[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).sum(2, dtype=torch.float32)
+    number = torch.full_like(both[..., :1], BLOCK)
+    sums = functional.pad(torch.cat([both, number], -1).cumsum(1), (0, 0, 1, 0))
+    return sums[:, (lengths // BLOCK).long()].transpose(0, 1)
+
+
+_ATTENTION: contextvars.ContextVar[TailAttention] = contextvars.ContextVar("hashattention_predictions")
+
+
+def _dispatch(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    attention, layer = _ATTENTION.get(), module.layer_idx
+    if layer in attention.maps.model.layers:
+        scale, softcap = kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap") or 0.0
+        out = attention.attend(layer, query, key, value, scale, softcap)  # type: ignore[arg-type]
+        return out.transpose(1, 2).contiguous(), None
+    own = dense_function(module, attention.own)
+    result: tuple[Tensor, Tensor | None] = own(module, query, key, value, attention_mask, **kwargs)
+    return result
+
+
+@contextlib.contextmanager
+def attending(model: Any, maps: HashMaps, coefficients: Tensor, budget: Budget) -> Iterator[TailAttention]:
+    """Within this context `model` attends by a `TailAttention`, whose budget may be changed."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    own = model.config._attn_implementation
+    AttentionInterface.register(IMPLEMENTATION, _dispatch)
+    AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    attention = TailAttention(maps.to(model.device), coefficients, budget, own)
+    token = _ATTENTION.set(attention)
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        yield attention
+    finally:
+        model.set_attn_implementation(own)
+        _ATTENTION.reset(token)
+
+
+def tune(
+    model: Any,
+    maps: HashMaps,
+    tokens: Sequence[Tensor],
+    start: Tensor,
+    budgets: Sequence[Budget],
+    *,
+    steps: int,
+    chunk: int = CHUNK,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Coefficients that bring predictions closer to those by dense attention.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Its weights and its attention implementation stay.
+    maps : HashMaps
+        What selects; layers without a map stay dense.
+    tokens : sequence of Tensor, int64 ``[T]``
+        What is read; of long ones every second, third, ... alone where their caches would not fit in memory.
+    start : Tensor, ``[L, Hq, 3]``
+        The coefficients to begin with.
+    budgets : sequence of Budget
+        Taken in turn, a step each.
+    steps, chunk : int
+        Steps of Adam, and tokens the model reads at once.
+
+    Returns
+    -------
+    Tensor, float64 ``[L, Hq, 3]``
+    """
+    first = start.to(model.device, torch.float32)
+    coefficients = first.clone().requires_grad_()
+    optimiser = torch.optim.Adam([coefficients], lr=RATE)
+    decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, steps)
+    excerpts = [Excerpt.of(model, each, chunk) for each in _fitting(model, tokens)]
+    chance, order = torch.Generator().manual_seed(0), list[int]()
+    with attending(model, maps, coefficients, budgets[0]) as attention:
+        for step in range(steps):
+            order = order or torch.randperm(len(excerpts), generator=chance).tolist()
+            attention.budget = budgets[step % len(budgets)]
+            away = (coefficients - first).square().sum(-1).mean()
+            loss = excerpts[order.pop()].divergence(model) + HOLD * away
+            (coefficients.grad,) = torch.autograd.grad(loss, [coefficients])
+            optimiser.step()
+            decay.step()
+            if progress is not None:
+                progress("fitting the remainder to predictions", step + 1, steps)
+    return coefficients.detach().double().cpu()
+
+
+def _fitting(model: Any, tokens: Sequence[Tensor]) -> Sequence[Tensor]:
+    """As many of the sequences, evenly chosen, as may have their caches in memory at once; all of them on a CPU."""
+    if model.device.type != "cuda":
+        return tokens
+    predicted = TAIL * text_config(model).vocab_size * 4
+    size = sum(map(len, tokens)) * token_bytes(model) + len(tokens) * predicted
+    torch.cuda.empty_cache()
+    free = SHARE * torch.cuda.mem_get_info(model.device)[0]
+    return tokens[:: max(1, min(len(tokens), -int(-size // free)))]
