@@ -3,8 +3,9 @@
     python recipes/fit_remainder.py qwen2.5-coder-0.5b-instruct artifacts/qwen2.5-coder-0.5b-instruct \\
         --text texts/train --lengths 8192 16384 32768
 
-The folder's config.json is written anew, its weights stay. ``--exact FILE`` fits exact shared selection on the same
-sequences and writes its coefficients to a file of their own, for `recipes/measure_maps.py`.
+The folder's config.json is written anew and says what made it (``training.remainder``); its weights stay. ``--exact
+FILE`` fits exact shared selection on the same sequences, to its outputs alone, and writes its coefficients to a file of
+their own, for `recipes/measure_maps.py`.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hashattention import artifact
+from hashattention import artifact, provenance
 from hashattention.maps import HashMaps
 from hashattention.models.capture import CHUNK
 from hashattention.models.source import load_model
+from hashattention.train.metrics import FILLED
 from hashattention.train.recipe import Recipe
-from hashattention.train.remainder import as_remainder, fit
+from hashattention.train.remainder import Remainder, as_remainder, fit
 from hashattention.train.run import GPU_CHUNK
 from hashattention.train.text import sequences
 
@@ -52,9 +55,18 @@ def main() -> None:
         options = {"sink": 16, "local": 64, "steps": given.steps, "asking": asking, "chunk": chunk}
         table = fit(loaded.model, maps.model, chosen, text, **options, progress=tell)
         if where is None:
-            artifact.write_config(given.maps, {**artifact.read_config(given.maps), "remainder": as_remainder(table)})
+            write(given.maps, as_remainder(table), provenance.origin(loaded.model.device))
         else:
             where.write_text(json.dumps(as_remainder(table)) + "\n", encoding="utf-8")
+
+
+def write(folder: Path, remainder: Remainder, origin: dict[str, Any]) -> None:
+    """Into the folder's config.json, with what made it and without the metrics of the one before."""
+    config = artifact.read_config(folder)
+    training = {**config.get("training", {}), "remainder": origin}
+    for row in training.get("metrics", {}).get("budgets", []):
+        row.pop(FILLED, None)
+    artifact.write_config(folder, {**config, "training": training, "remainder": remainder})
 
 
 def parse() -> argparse.Namespace:
