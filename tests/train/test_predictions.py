@@ -185,7 +185,9 @@ def test_attending_is_the_ops_fed_by_hand(softcap):
     taken = torch.randint(1, 13, (5, 2), generator=random, dtype=torch.int32)
     sums, lengths = torch.randn(5, 2, 17, generator=random).abs(), torch.arange(36, 41, dtype=torch.int32)
     coefficients = torch.randn(4, 3, generator=random)
-    found = predictions._attend(query, key, value, indices, taken, sums, lengths, coefficients, 0.3, softcap)
+    chosen = predictions._chosen(indices, taken, 40)
+    assert torch.equal(chosen.sum(-1), taken.T)
+    found = predictions._attend(query, key, value, chosen, taken, sums, lengths, coefficients, 0.3, softcap)
     for n in range(5):
         q, rows = query[:, :, n, None], slice(n, n + 1)
         out, lse = reference.attend(q, key, value, indices[rows], taken[rows], 0.3, softcap)

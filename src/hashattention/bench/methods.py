@@ -13,7 +13,7 @@ from hashattention import ops
 from hashattention.bench import paged, paper
 from hashattention.bench.cases import Inputs
 from hashattention.ops import dispatch, reference
-from hashattention.ops.remainder import Remainder
+from hashattention.ops.shapes import Remainder
 
 
 @dataclasses.dataclass(frozen=True)

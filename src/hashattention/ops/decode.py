@@ -14,8 +14,9 @@ from hashattention.errors import BackendError, InputError
 from hashattention.ops import dispatch, shapes
 from hashattention.ops.attend import attend, check_scales
 from hashattention.ops.encode import check_map, encode_query, encode_signature, write_signature
-from hashattention.ops.remainder import Remainder, add_remainder, check_remainder
+from hashattention.ops.remainder import add_remainder, check_remainder
 from hashattention.ops.select import check_rows, score_select
+from hashattention.ops.shapes import Remainder
 
 logger = logging.getLogger(__name__)
 

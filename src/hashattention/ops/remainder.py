@@ -7,9 +7,6 @@ from torch import Tensor
 
 from hashattention.ops import dispatch, shapes
 
-#: Sums, lengths and coefficients, as `add_remainder` takes them.
-Remainder = tuple[Tensor, Tensor, Tensor]
-
 
 def add_remainder(
     out: Tensor,

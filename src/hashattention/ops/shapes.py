@@ -10,6 +10,9 @@ from torch import Tensor
 
 from hashattention.errors import InputError
 
+#: Sums, lengths and coefficients, as `ops.add_remainder` takes them.
+Remainder = tuple[Tensor, Tensor, Tensor]
+
 
 def expect(sizes: dict[str, int], name: str, tensor: Tensor, shape: str, *dtypes: torch.dtype) -> None:
     """Check `tensor` against a shape such as ``"B Hq 1 D"`` and bind new letters in `sizes`.

@@ -28,6 +28,7 @@ from hashattention.models.packaged import Progress
 from hashattention.ops import reference
 from hashattention.rows import count_budget, scale_heavy
 from hashattention.selectors.remainder import BLOCK
+from hashattention.train.labels import tensor_float32
 
 IMPLEMENTATION = "hash_predictions"
 #: Tokens at a sequence's end whose predictions count.
@@ -95,10 +96,10 @@ class TailAttention:
         lengths = torch.arange(tokens - query.shape[2] + 1, tokens + 1, dtype=torch.int32, device=query.device)
         with torch.no_grad():
             indices, taken = self._select(row, query, key, lengths)
-            sums = _running_sums(key[0], value[0], lengths)
-        known = indices, taken, sums, lengths, self.coefficients[row], scale, softcap
-        # Gathered keys and values are made again on the way back rather than kept for every layer.
-        out: Tensor = checkpoint(_attend, query, key, value, *known, use_reentrant=False)
+            known = _chosen(indices, taken, tokens), taken, _running_sums(key[0], value[0], lengths), lengths
+        # Logits of all tokens are made again on the way back rather than kept for every layer.
+        options = self.coefficients[row], scale, softcap
+        out: Tensor = checkpoint(_attend, query, key, value, *known, *options, use_reentrant=False)
         return out
 
     def _select(self, row: int, query: Tensor, key: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,24 +118,31 @@ class TailAttention:
         return ops.score_select(code, signatures.expand(len(lengths), -1, -1, -1), *rows, levels=config.levels)
 
 
+def _chosen(indices: Tensor, taken: Tensor, tokens: int) -> Tensor:
+    """Which tokens the first ``taken[n, h]`` indices of each row int32 ``[N, Hsel, K]`` name, bool ``[Hsel, N, T]``."""
+    used = torch.arange(indices.shape[2], device=indices.device) < taken[..., None]
+    place = torch.where(used, indices, tokens).long()
+    return used.new_zeros(*taken.shape, tokens + 1).scatter(2, place, True)[..., :tokens].transpose(0, 1)
+
+
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, taken: Tensor, sums: Tensor, lengths: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, taken: Tensor, sums: Tensor, lengths: Tensor,
     coefficients: Tensor, scale: float, softcap: float,
 ) -> Tensor:  # fmt: skip
-    """`ops.attend` and `ops.add_remainder` for N queries over one cache."""
-    used = torch.arange(indices.shape[2], device=query.device) < taken[..., None]
-    token = indices.masked_fill(~used, 0).long()
-    head = torch.arange(token.shape[1], device=query.device) * key.shape[1] // token.shape[1]
-    keys, values = (part[0][head[:, None], token] for part in (key, value))
-    queries = query[0].transpose(0, 1)
-    logits = (queries.unflatten(1, (len(head), -1)) @ keys.transpose(-1, -2)).float() * scale
+    """`ops.attend` and `ops.add_remainder` for N queries over one cache: all logits, and a mask, cost less than as many
+    gathered rows and their gradient.
+    """
+    heads, count = key.shape[1], query.shape[2]
+    grouped = query[0].float().unflatten(0, (heads, -1)).flatten(1, 2)
+    with tensor_float32(query.device):
+        logits = (grouped @ key[0].float().transpose(-1, -2)).unflatten(1, (-1, count)).flatten(0, 1) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~used[:, :, None], -torch.inf)
-    out = (logits.softmax(-1).to(values.dtype) @ values).float().flatten(1, 2)[:, :, None]
-    logsumexp = logits.logsumexp(-1).flatten(1, 2)[:, :, None]
-    known = queries[:, :, None], sums, taken, lengths, coefficients
-    out = reference.add_remainder(out, logsumexp, *known, scale, softcap)
+    logits = logits.masked_fill(~chosen.repeat_interleave(len(logits) // len(chosen), 0), -torch.inf)
+    weights = logits.softmax(-1).unflatten(0, (heads, -1)).flatten(1, 2)
+    out = (weights @ value[0].float()).unflatten(1, (-1, count)).flatten(0, 1)
+    out, logsumexp, q = (part.transpose(0, 1)[:, :, None] for part in (out, logits.logsumexp(-1), query[0]))
+    out = reference.add_remainder(out, logsumexp, q, sums, taken, lengths, coefficients, scale, softcap)
     return out[:, :, 0].transpose(0, 1)[None].to(query.dtype)
 
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from hashattention.ops import reference
 from hashattention.ops.cpu import _native
-from hashattention.ops.remainder import Remainder
-from hashattention.ops.shapes import mixture_of
+from hashattention.ops.shapes import Remainder, mixture_of
 
 #: The newest token's key ``[B, Hs, 1, D]`` and phi_k's weights and biases.
 NewKey = tuple[Tensor, list[Tensor], list[Tensor]]

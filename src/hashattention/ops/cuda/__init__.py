@@ -29,8 +29,7 @@ from hashattention.ops.cuda.step import (
     remainder_bytes,
     starts_early,
 )
-from hashattention.ops.remainder import Remainder
-from hashattention.ops.shapes import mixture_in
+from hashattention.ops.shapes import Remainder, mixture_in
 
 __all__ = ["attend", "decode", "decode_step", "refuse", "score_select"]
 

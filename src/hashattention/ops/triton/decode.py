@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hashattention.ops.remainder import Remainder
+from hashattention.ops.shapes import Remainder
 from hashattention.ops.triton.attend import attend
 from hashattention.ops.triton.encode import dot_type, launch, launch_pair, write_signature
 from hashattention.ops.triton.remainder import add_remainder
