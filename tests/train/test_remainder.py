@@ -11,7 +11,7 @@ from hashattention import ops
 from hashattention.config import Budget, MapsConfig
 from hashattention.maps import HashMaps
 from hashattention.models.describe import describe
-from hashattention.train import metrics, remainder
+from hashattention.train import metrics, predictions, remainder
 from hashattention.train.metrics import Exact, LeftOut, choose, method_scores
 from hashattention.train.remainder import Fit, calibrate
 from hashattention.train.run import train
@@ -149,7 +149,7 @@ def test_the_order_of_the_sequences_changes_little():
 def test_training_stores_one_and_calibration_gives_one_to_maps_without(tmp_path):
     texts, loaded, told = write_texts(tmp_path / "texts"), tiny_model(), []
     report = train(loaded, texts, tmp_path / "maps", tiny_recipe(), progress=lambda *what: told.append(what))
-    assert ("fitting the remainder", 4, 4) in told
+    assert ("fitting the remainder", 4, 4) in told and ("fitting the remainder to predictions", 4, 4) in told
     for row in report["metrics"]["budgets"]:
         plain, filled = row["hash"], row[metrics.FILLED]
         assert filled["error"] < plain["error"] and filled["ratio"] < plain["ratio"]
@@ -170,6 +170,23 @@ def test_training_stores_one_and_calibration_gives_one_to_maps_without(tmp_path)
     assert torch.tensor(old.remainder).shape == (3, 4, 3) and old.remainder != before
     old.save_pretrained(tmp_path / "old")
     assert HashMaps.from_pretrained(tmp_path / "old").remainder == old.remainder
+
+
+def test_without_prediction_steps_outputs_alone_are_fitted(tmp_path):
+    texts, told = write_texts(tmp_path / "texts"), []
+    for name, steps in (("one", 0), ("other", 4)):
+        train(
+            tiny_model(),
+            texts,
+            tmp_path / name,
+            tiny_recipe(prediction_steps=steps),
+            progress=lambda *w: told.append(w),
+        )
+    assert sum(what == "fitting the remainder to predictions" for what, _, _ in told) == 4
+    one, other = (HashMaps.from_pretrained(tmp_path / name) for name in ("one", "other"))
+    away = (torch.tensor(one.remainder) - torch.tensor(other.remainder)).abs()
+    assert 0 < away.max() < 4 * predictions.RATE
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
 
 
 def test_training_without_held_out_sequences_or_fixed_tokens_stores_one(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -16,6 +17,9 @@ from hashattention.maps import HashMaps
 from hashattention.train.recipe import Recipe
 
 Made = TypeVar("Made")
+
+#: How long ranks wait for one of them: the first fits the remainder alone.
+PATIENCE = datetime.timedelta(hours=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,7 @@ def start(device: str) -> str:
         return device
     on_gpu = torch.device(device).type == "cuda"
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if on_gpu else "gloo")
+        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     if not on_gpu:
         return device
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
