@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -196,17 +197,27 @@ def test_attending_is_the_ops_fed_by_hand(softcap):
         torch.testing.assert_close(found[:, :, n], expected[:, :, 0], rtol=1e-4, atol=1e-5)
 
 
+def test_as_many_sequences_are_read_as_fit():
+    """In their order, whatever turns their lengths take; one always."""
+    sizes = [8, 16, 32, 32] * 4
+    assert predictions._fitting(sizes, math.inf) == list(range(16))
+    kept = predictions._fitting(sizes, 180)
+    assert kept == sorted(set(kept)) and sum(sizes[number] for number in kept) <= 180
+    assert {sizes[number] for number in kept} == {8, 16, 32}
+    assert all(sum(sizes[number] for number in {*kept, other}) > 180 for other in set(range(16)) - set(kept))
+    assert len(predictions._fitting(sizes, 0)) == 1 and predictions._fitting([], 0) == []
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_sequences_that_do_not_fit_are_left_out(monkeypatch):
     model = some_model().to("cuda", torch.bfloat16)
     tokens = [some_tokens(500, seed) for seed in range(6)]
-    assert predictions._fitting(model, tokens) == tokens
-    free = 500 * predictions.token_bytes(model) + predictions.TAIL * model.config.vocab_size * 4
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3.5 * free / predictions.SHARE, 0))
-    assert predictions._fitting(model, tokens) == tokens[::2]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 0))
-    assert predictions._fitting(model, tokens) == tokens[:1]
+    read, of = [], Excerpt.of
+    monkeypatch.setattr(Excerpt, "of", lambda model, each, chunk: read.append(each) or of(model, each, chunk))
+    free = 3.5 * predictions._bytes(model, 500) / predictions.SHARE
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
     maps = some_maps(model)
     start = torch.tensor(maps.remainder)
     found = tune(model, maps.cuda(), tokens, start, [BUDGET], steps=4)
+    assert len(read) == 3
     assert found.isfinite().all() and (found - start).abs().max() > 0

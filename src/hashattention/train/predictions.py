@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -210,7 +211,7 @@ def tune(
     maps : HashMaps
         What selects; layers without a map stay dense.
     tokens : sequence of Tensor, int64 ``[T]``
-        What is read; of long ones every second, third, ... alone where their caches would not fit in memory.
+        What is read; some of them, drawn, where their caches would not all fit in a GPU's memory.
     start : Tensor, ``[L, Hq, 3]``
         The coefficients to begin with.
     budgets : sequence of Budget
@@ -226,7 +227,8 @@ def tune(
     coefficients = first.clone().requires_grad_()
     optimiser = torch.optim.Adam([coefficients], lr=RATE)
     decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, steps)
-    excerpts = [Excerpt.of(model, each, chunk) for each in _fitting(model, tokens)]
+    kept = _fitting([_bytes(model, len(each)) for each in tokens], _free(model.device))
+    excerpts = [Excerpt.of(model, tokens[number], chunk) for number in kept]
     chance, order = torch.Generator().manual_seed(0), list[int]()
     with attending(model, maps, coefficients, budgets[0]) as attention:
         for step in range(steps):
@@ -242,12 +244,26 @@ def tune(
     return coefficients.detach().double().cpu()
 
 
-def _fitting(model: Any, tokens: Sequence[Tensor]) -> Sequence[Tensor]:
-    """As many of the sequences, evenly chosen, as may have their caches in memory at once; all of them on a CPU."""
-    if model.device.type != "cuda":
-        return tokens
-    predicted = TAIL * text_config(model).vocab_size * 4
-    size = sum(map(len, tokens)) * token_bytes(model) + len(tokens) * predicted
+def _fitting(sizes: Sequence[int], free: float) -> list[int]:
+    """Numbers of the sequences, of so many bytes each, that are kept: drawn one after the other while they fit, and at
+    least one.
+    """
+    kept = list[int]()
+    for number in torch.randperm(len(sizes), generator=torch.Generator().manual_seed(0)).tolist():
+        if sizes[number] <= free or not kept:
+            kept.append(number)
+            free -= sizes[number]
+    return sorted(kept)
+
+
+def _bytes(model: Any, tokens: int) -> int:
+    """What an `Excerpt` of a sequence of so many tokens holds."""
+    return int(tokens * token_bytes(model) + min(TAIL, tokens // 2) * text_config(model).vocab_size * 4)
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that all excerpts may take: of a GPU's, without limit elsewhere."""
+    if device.type != "cuda":
+        return math.inf
     torch.cuda.empty_cache()
-    free = SHARE * torch.cuda.mem_get_info(model.device)[0]
-    return tokens[:: max(1, min(len(tokens), -int(-size // free)))]
+    return SHARE * torch.cuda.mem_get_info(device)[0]
