@@ -73,6 +73,23 @@ def test_a_tail_is_attended_as_it_is_served(family, kind):
     assert (found - dense).abs().max() > 0.01
 
 
+def test_a_model_of_16_bits():
+    """Logits and weights are those of its keys and values, in float32; what leaves the attention is rounded once."""
+    model = some_model().bfloat16()
+    maps, excerpt = some_maps(model), Excerpt.of(model, some_tokens())
+    table = torch.tensor(maps.remainder).requires_grad_()
+    with attending(model, maps, table, BUDGET):
+        divergence = excerpt.divergence(model)
+        (slope,) = torch.autograd.grad(divergence, [table])
+        found = predict(model, excerpt).detach()
+    assert slope.isfinite().all() and (slope.abs().amax((1, 2)) > 0).all()
+    cache = copy.deepcopy(excerpt.prefix)
+    with torch.no_grad(), attach(model, maps, BUDGET, min_context=0, sparse_tail=predictions.TAIL):
+        served = model(input_ids=excerpt.tail, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
+    apart = torch.nn.functional.kl_div(found, served, log_target=True, reduction="batchmean")
+    assert apart < 0.2 * divergence
+
+
 def test_shares_and_layers_without_a_map():
     model = some_model()
     maps = some_maps(model, shares=((1.0, 1.0), (0.5, 1.5), (1.0, 0.0)))
