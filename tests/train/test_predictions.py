@@ -31,9 +31,11 @@ def some_model(family="llama"):
     return build(family, seed=0, **({} if family == "gemma3" else {"num_hidden_layers": 3}))
 
 
-def some_maps(model, kind="group", **changes):
+def some_maps(model, kind="group", layers=None, **changes):
 
     config, base = KINDS[kind], describe(model)
+    if layers is not None:
+        base = dataclasses.replace(base, layers=layers)
     if config.rope != "after":
         base = dataclasses.replace(base, frequencies=rotary_frequencies(model))
     torch.manual_seed(1)
@@ -92,7 +94,7 @@ def test_a_model_of_16_bits():
 
 def test_shares_and_layers_without_a_map():
     model = some_model()
-    maps = some_maps(model, shares=((1.0, 1.0), (0.5, 1.5), (1.0, 0.0)))
+    maps = some_maps(model, layers=(0, 2), shares=((0.5, 1.5), (1.0, 0.0)))
     excerpt, table = Excerpt.of(model, some_tokens()), torch.tensor(maps.remainder)
     cache = copy.deepcopy(excerpt.prefix)
     with torch.no_grad(), attending(model, maps, table, BUDGET):
