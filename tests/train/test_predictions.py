@@ -32,7 +32,6 @@ def some_model(family="llama"):
 
 
 def some_maps(model, kind="group", layers=None, **changes):
-
     config, base = KINDS[kind], describe(model)
     if layers is not None:
         base = dataclasses.replace(base, layers=layers)
