@@ -113,7 +113,15 @@ def test_kept_tokens_train_the_same_maps_in_memory_and_on_disk(tmp_path, texts):
 
 def test_the_papers_recipe_runs(tmp_path, texts):
     maps = MapsConfig(32, (16, 16), "symmetric", "head", "query_head", "query_head")
-    small = {"context": 1024, "queries": 64, "step_queries": 32, "sequences": 2, "held_out": 1, "steps": 6}
+    small = {
+        "context": 1024,
+        "queries": 64,
+        "step_queries": 32,
+        "sequences": 2,
+        "held_out": 1,
+        "steps": 6,
+        "prediction_steps": 2,
+    }
     recipe = dataclasses.replace(Recipe.paper(), maps=maps, sink=8, local=8, held_out_queries=4, **small)
     report = train(tiny_model(), texts, tmp_path / "maps", recipe)
     assert report["metrics"]["budgets"][0]["hash"]["error"] > 0
