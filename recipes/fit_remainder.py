@@ -21,12 +21,11 @@ import torch
 
 from hashattention import artifact, provenance
 from hashattention.maps import HashMaps
-from hashattention.models.capture import CHUNK
 from hashattention.models.source import load_model
 from hashattention.train.metrics import FILLED
 from hashattention.train.recipe import Recipe
 from hashattention.train.remainder import Remainder, as_remainder, fit
-from hashattention.train.run import GPU_CHUNK
+from hashattention.train.run import reading_chunk
 from hashattention.train.text import sequences
 
 
@@ -48,11 +47,11 @@ def main() -> None:
     def tell(what: str, done: int, total: int) -> None:
         sys.stderr.write(f"{what}: {done} of {total}\n")
 
-    chunk = GPU_CHUNK if given.device.startswith("cuda") else CHUNK
     for chosen, where in ((maps, None), (None, given.exact)):
         if chosen is None and where is None:
             continue
-        options = {"sink": 16, "local": 64, "steps": given.steps, "asking": asking, "chunk": chunk}
+        options = {"sink": 16, "local": 64, "steps": given.steps, "asking": asking}
+        options["chunk"] = reading_chunk(loaded.model)
         table = fit(loaded.model, maps.model, chosen, text, **options, progress=tell)
         if where is None:
             write(given.maps, as_remainder(table), provenance.origin(loaded.model.device))

@@ -53,6 +53,14 @@ def some_tokens(count=700, seed=0):
     return torch.randint(1, 120, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+def serve(model, maps, excerpt):
+    """The tail's predictions by `attach`."""
+    cache = copy.deepcopy(excerpt.prefix)
+    with torch.no_grad(), attach(model, maps, BUDGET, min_context=0, sparse_tail=predictions.TAIL):
+        logits = model(input_ids=excerpt.tail, past_key_values=cache, use_cache=True).logits[0]
+    return logits.float().log_softmax(-1)
+
+
 def predict(model, excerpt):
     return predictions._predict(model, excerpt.prefix, excerpt.tail)
 
@@ -67,9 +75,7 @@ def test_a_tail_is_attended_as_it_is_served(family, kind):
     dense = predict(model, excerpt)
     with torch.no_grad(), attending(model, maps, table, BUDGET):
         found = predict(model, excerpt)
-    cache = copy.deepcopy(excerpt.prefix)
-    with torch.no_grad(), attach(model, maps, BUDGET, min_context=0, sparse_tail=predictions.TAIL):
-        served = model(input_ids=excerpt.tail, past_key_values=cache, use_cache=True).logits[0].log_softmax(-1)
+    served = serve(model, maps, excerpt)
     torch.testing.assert_close(found, served, rtol=1e-3, atol=1e-4)
     assert (found - dense).abs().max() > 0.01
 
@@ -84,9 +90,7 @@ def test_a_model_of_16_bits():
         (slope,) = torch.autograd.grad(divergence, [table])
         found = predict(model, excerpt).detach()
     assert slope.isfinite().all() and (slope.abs().amax((1, 2)) > 0).all()
-    cache = copy.deepcopy(excerpt.prefix)
-    with torch.no_grad(), attach(model, maps, BUDGET, min_context=0, sparse_tail=predictions.TAIL):
-        served = model(input_ids=excerpt.tail, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
+    served = serve(model, maps, excerpt)
     apart = torch.nn.functional.kl_div(found, served, log_target=True, reduction="batchmean")
     assert apart < 0.2 * divergence
 
@@ -95,11 +99,9 @@ def test_shares_and_layers_without_a_map():
     model = some_model()
     maps = some_maps(model, layers=(0, 2), shares=((0.5, 1.5), (1.0, 0.0)))
     excerpt, table = Excerpt.of(model, some_tokens()), torch.tensor(maps.remainder)
-    cache = copy.deepcopy(excerpt.prefix)
     with torch.no_grad(), attending(model, maps, table, BUDGET):
         found = predict(model, excerpt)
-    with torch.no_grad(), attach(model, maps, BUDGET, min_context=0, sparse_tail=predictions.TAIL):
-        served = model(input_ids=excerpt.tail, past_key_values=cache, use_cache=True).logits[0].log_softmax(-1)
+    served = serve(model, maps, excerpt)
     torch.testing.assert_close(found, served, rtol=1e-3, atol=1e-4)
 
 
@@ -233,7 +235,7 @@ def test_on_a_gpu_sequences_that_do_not_fit_are_left_out(monkeypatch):
     read, of = [], Excerpt.of
     monkeypatch.setattr(Excerpt, "of", lambda model, each, chunk: read.append(each) or of(model, each, chunk))
     free = 3.5 * predictions._bytes(model, 500) / predictions.SHARE
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
+    monkeypatch.setattr(predictions, "free_bytes", lambda device: free)
     maps = some_maps(model)
     start = torch.tensor(maps.remainder)
     found = tune(model, maps.cuda(), tokens, start, [BUDGET], steps=4)

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hashattention.attention import SparseAttention
 from hashattention.config import Budget
@@ -20,7 +19,8 @@ from hashattention.evaluation.decoder import Decoder, attend_by, can_decode
 from hashattention.evaluation.fixed import FixedSteps
 from hashattention.evaluation.meter import Meter
 from hashattention.integrations.transformers import SLOT, Attachment, SelectedLayer, attach
-from hashattention.models.describe import attention_modules, dense_function, text_config, token_bytes
+from hashattention.models.describe import attention_modules, text_config, token_bytes
+from hashattention.models.replaced import Attend, Attended, replaced_attention
 from hashattention.rows import Extent
 from hashattention.selectors.base import Selector
 from hashattention.train.targets import free_bytes
@@ -285,7 +285,6 @@ def _open(layer: DynamicLayer, batch: int, width: int, room: int) -> SelectedLay
 @contextlib.contextmanager
 def _by_rows(model: Any, cache: Any) -> Iterator[None]:
     """Dense attention of a batch of few rows at a time: the model's own may repeat K and V for every query head."""
-    own = text_config(model)._attn_implementation
     layer = cache.layers[0]
     heads = text_config(model).num_attention_heads
     each = 2 * heads * layer.keys[0, 0].nbytes if isinstance(layer, SelectedLayer) else 0
@@ -294,21 +293,18 @@ def _by_rows(model: Any, cache: Any) -> Iterator[None]:
         yield
         return
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any) -> Any:
-        function, parts = dense_function(module, own), []
+    def attend(
+        dense: Attend, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
+    ) -> Attended:
+        parts = []
         for first in range(0, len(query), rows):
             part = slice(first, first + rows)
             shown = mask if mask is None or len(mask) == 1 else mask[part]
-            parts.append(function(module, query[part], key[part], value[part], shown, **rest)[0])
+            parts.append(dense(module, query[part], key[part], value[part], shown, **rest)[0])
         return torch.cat(parts), None
 
-    AttentionInterface.register(BY_ROWS, attend)
-    AttentionMaskInterface.register(BY_ROWS, ALL_MASK_ATTENTION_FUNCTIONS[own])
-    model.set_attn_implementation(BY_ROWS)
-    try:
+    with replaced_attention(model, BY_ROWS, attend):
         yield
-    finally:
-        model.set_attn_implementation(own)
 
 
 BY_ROWS = "hash_attention_by_rows"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hashattention.config import BaseModel
-from hashattention.models.describe import dense_function
+from hashattention.models.replaced import Attend, Attended, replaced_attention
 
 IMPLEMENTATION = "hash_capture"
 #: Tokens read at once: bounds the activations of a long context.
@@ -104,9 +103,6 @@ class Recorder:
         return Sample(self.parts["key"], self.parts["query"], *small, self.parts.get("value"))
 
 
-_RECORDER: contextvars.ContextVar[tuple[Recorder, str]] = contextvars.ContextVar("hashattention_recorder")
-
-
 def capture(
     model: Any, base: BaseModel, tokens: Tensor, positions: Tensor, *, value: bool = False, chunk: int = CHUNK
 ) -> Sample:
@@ -148,32 +144,13 @@ def capture(
 @contextlib.contextmanager
 def recording(model: Any, recorder: Recorder) -> Iterator[None]:
     """Within this context every attention call of `model` is recorded, then done by the model's own implementation."""
-    own = model.config._attn_implementation
-    _register(own)
-    token = _RECORDER.set((recorder, own))
-    try:
-        model.set_attn_implementation(IMPLEMENTATION)
+
+    def attend(
+        dense: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
+    ) -> Attended:
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        recorder.record(module.layer_idx, query, key, value, scale)  # type: ignore[arg-type]
+        return dense(module, query, key, value, *rest, **options)
+
+    with replaced_attention(model, IMPLEMENTATION, attend):
         yield
-    finally:
-        model.set_attn_implementation(own)
-        _RECORDER.reset(token)
-
-
-def _register(own: str) -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    AttentionInterface.register(IMPLEMENTATION, _attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS[own])
-
-
-def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    recorder, own = _RECORDER.get()
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    recorder.record(module.layer_idx, query, key, value, scale)  # type: ignore[arg-type]
-    result: tuple[Tensor, Tensor | None] = dense_function(module, own)(
-        module, query, key, value, attention_mask, **kwargs
-    )
-    return result

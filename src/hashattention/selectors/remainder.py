@@ -50,7 +50,7 @@ def running_sums(key: Tensor, value: Tensor, rows: Rows, extent: Extent, side: T
         valid = rows.valid(whole * BLOCK)
         starts = range(first * BLOCK, whole * BLOCK, CHUNK)
         spans = [slice(start, min(start + CHUNK, whole * BLOCK)) for start in starts]
-        sums = torch.cat([_sum_blocks(key[:, :, s], value[:, :, s], valid[:, s]) for s in spans], 2).cumsum(2)
+        sums = torch.cat([sum_blocks(key[:, :, s], value[:, :, s], valid[:, s]) for s in spans], 2).cumsum(2)
         return sums + side.held(SUMS)[:, :, -1:] if first else sums
 
     sums = side.extend(SUMS, whole, make, stride=BLOCK)
@@ -61,7 +61,7 @@ def running_sums(key: Tensor, value: Tensor, rows: Rows, extent: Extent, side: T
     return sums.index_select(2, (filled - 1).clamp(min=0)).squeeze(2) * (filled > 0)
 
 
-def _sum_blocks(key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
+def sum_blocks(key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
     """float32 ``[B, Hkv, blocks, D + Dv + 1]`` of keys and values ``[B, Hkv, T, D]``, valid bool ``[B, T]``."""
     hidden = ~valid[:, None, :, None]
     sums = [part.masked_fill(hidden, 0).unflatten(2, (-1, BLOCK)).sum(3, dtype=torch.float32) for part in (key, value)]

@@ -8,7 +8,6 @@ gradient, through the whole model, all layers sparse on the last tokens of train
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import copy
 import dataclasses
 import math
@@ -24,12 +23,14 @@ from hashattention import ops
 from hashattention.config import Budget
 from hashattention.maps import HashMaps
 from hashattention.models.capture import CHUNK
-from hashattention.models.describe import dense_function, text_config, token_bytes
+from hashattention.models.describe import text_config, token_bytes
 from hashattention.models.packaged import Progress
+from hashattention.models.replaced import Attend, Attended, replaced_attention
 from hashattention.ops import reference
-from hashattention.rows import count_budget, scale_heavy
-from hashattention.selectors.remainder import BLOCK
+from hashattention.rows import Extent, Shares
+from hashattention.selectors.remainder import BLOCK, sum_blocks
 from hashattention.train.labels import tensor_float32
+from hashattention.train.targets import free_bytes
 
 IMPLEMENTATION = "hash_predictions"
 #: Tokens at a sequence's end whose predictions count.
@@ -82,14 +83,12 @@ def _predict(model: Any, cache: Any, tail: Tensor) -> Tensor:
 @dataclasses.dataclass
 class TailAttention:
     """Attention of a tail's queries, all at once, by what `maps` select for each, with the remainder by `coefficients`
-    float32 ``[L, Hq, 3]``: `HashSelector`, but differentiable. Layers without a map attend by the model's `own`
-    implementation.
+    float32 ``[L, Hq, 3]``: `HashSelector`, but differentiable.
     """
 
     maps: HashMaps
     coefficients: Tensor
     budget: Budget
-    own: str
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float) -> Tensor:
         """Output ``[1, Hq, N, Dv]`` of the N last queries ``[1, Hq, N, D]`` over the cache ``[1, Hkv, T, D]``."""
@@ -109,14 +108,13 @@ class TailAttention:
         layer, heads = self.maps.layer(model.layers[row]), config.selection_heads(model)
         code = layer.code_queries(query.float(), (lengths - 1)[None])[0].transpose(0, 1)[:, :, None].contiguous()
         signatures = layer.sign_keys(key.float(), torch.arange(tokens, device=key.device)[None])
-        budgets, capacity = count_budget(self.budget, lengths)[:, None].expand(-1, heads, -1), tokens
+        extent = Extent(torch.zeros_like(lengths), lengths, tokens)
         if self.maps.shares is None:
-            capacity = self.budget.capacity(tokens)
+            rows = extent.rows(self.budget, heads)
         else:
-            shares = torch.tensor(self.maps.shares[row], dtype=torch.float64, device=key.device)
-            budgets = scale_heavy(budgets, lengths[:, None], shares)
-        rows = torch.zeros_like(lengths), lengths, budgets.contiguous(), capacity
-        return ops.score_select(code, signatures.expand(len(lengths), -1, -1, -1), *rows, levels=config.levels)
+            rows = extent.rows_of_layer(self.budget, Shares.of(self.maps.shares, key.device), row)
+        bounds = rows.start, rows.end, rows.budgets, rows.capacity
+        return ops.score_select(code, signatures.expand(len(lengths), -1, -1, -1), *bounds, levels=config.levels)
 
 
 def _chosen(indices: Tensor, taken: Tensor, tokens: int) -> Tensor:
@@ -149,46 +147,27 @@ def _attend(
 
 def _running_sums(key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
     """`selectors.remainder.running_sums` of a cache ``[Hkv, T, D]`` for each of `lengths`: ``[N, Hkv, D + Dv + 1]``."""
-    whole = key.shape[1] // BLOCK
-    both = torch.cat([key, value], -1)[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).sum(2, dtype=torch.float32)
-    number = torch.full_like(both[..., :1], BLOCK)
-    sums = functional.pad(torch.cat([both, number], -1).cumsum(1), (0, 0, 1, 0))
-    return sums[:, (lengths // BLOCK).long()].transpose(0, 1)
-
-
-_ATTENTION: contextvars.ContextVar[TailAttention] = contextvars.ContextVar("hashattention_predictions")
-
-
-def _dispatch(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    attention, layer = _ATTENTION.get(), module.layer_idx
-    if layer in attention.maps.model.layers:
-        scale, softcap = kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap") or 0.0
-        out = attention.attend(layer, query, key, value, scale, softcap)  # type: ignore[arg-type]
-        return out.transpose(1, 2).contiguous(), None
-    own = dense_function(module, attention.own)
-    result: tuple[Tensor, Tensor | None] = own(module, query, key, value, attention_mask, **kwargs)
-    return result
+    whole = key.shape[1] // BLOCK * BLOCK
+    blocks = sum_blocks(key[None, :, :whole], value[None, :, :whole], key.new_ones(1, whole, dtype=torch.bool))[0]
+    return functional.pad(blocks.cumsum(1), (0, 0, 1, 0))[:, (lengths // BLOCK).long()].transpose(0, 1)
 
 
 @contextlib.contextmanager
 def attending(model: Any, maps: HashMaps, coefficients: Tensor, budget: Budget) -> Iterator[TailAttention]:
     """Within this context `model` attends by a `TailAttention`, whose budget may be changed."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    tail = TailAttention(maps.to(model.device), coefficients, budget)
 
-    own = model.config._attn_implementation
-    AttentionInterface.register(IMPLEMENTATION, _dispatch)
-    AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS[own])
-    attention = TailAttention(maps.to(model.device), coefficients, budget, own)
-    token = _ATTENTION.set(attention)
-    try:
-        model.set_attn_implementation(IMPLEMENTATION)
-        yield attention
-    finally:
-        model.set_attn_implementation(own)
-        _ATTENTION.reset(token)
+    def attend(
+        dense: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
+    ) -> Attended:
+        layer: Any = module.layer_idx
+        if layer not in maps.model.layers:
+            return dense(module, query, key, value, *rest, **options)
+        scale, softcap = options.get("scaling") or query.shape[-1] ** -0.5, options.get("softcap") or 0.0
+        return tail.attend(layer, query, key, value, scale, softcap).transpose(1, 2).contiguous(), None
+
+    with replaced_attention(model, IMPLEMENTATION, attend):
+        yield tail
 
 
 def tune(
@@ -227,7 +206,8 @@ def tune(
     coefficients = first.clone().requires_grad_()
     optimiser = torch.optim.Adam([coefficients], lr=RATE)
     decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, steps)
-    kept = _fitting([_bytes(model, len(each)) for each in tokens], _free(model.device))
+    free = SHARE * free_bytes(model.device) if model.device.type == "cuda" else math.inf
+    kept = _fitting([_bytes(model, len(each)) for each in tokens], free)
     excerpts = [Excerpt.of(model, tokens[number], chunk) for number in kept]
     chance, order = torch.Generator().manual_seed(0), list[int]()
     with attending(model, maps, coefficients, budgets[0]) as attention:
@@ -259,11 +239,3 @@ def _fitting(sizes: Sequence[int], free: float) -> list[int]:
 def _bytes(model: Any, tokens: int) -> int:
     """What an `Excerpt` of a sequence of so many tokens holds."""
     return int(tokens * token_bytes(model) + min(TAIL, tokens // 2) * text_config(model).vocab_size * 4)
-
-
-def _free(device: torch.device) -> float:
-    """Bytes that all excerpts may take: of a GPU's, without limit elsewhere."""
-    if device.type != "cuda":
-        return math.inf
-    torch.cuda.empty_cache()
-    return SHARE * torch.cuda.mem_get_info(device)[0]

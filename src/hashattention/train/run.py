@@ -222,7 +222,7 @@ def fit_remainder(
     tokens = [text.train[number] for number in [*plain, *list(text.facts)[:count]]]
     table = remainder.fit(
         model, base, maps, tokens, sink=recipe.sink, local=recipe.local, steps=recipe.prediction_steps,
-        asking=range(len(plain), len(tokens)), chunk=_chunk(model), progress=progress,
+        asking=range(len(plain), len(tokens)), chunk=reading_chunk(model), progress=progress,
     )  # fmt: skip
     return remainder.as_remainder(table)
 
@@ -252,10 +252,10 @@ def _budgets(recipe: Recipe) -> list[Budget]:
 def _capturing(model: Any, base: BaseModel, tokens: Tensor, positions: Tensor, value: bool) -> Callable[[], Sample]:
     from hashattention.models.capture import capture
 
-    return lambda: capture(model, base, tokens, positions, value=value, chunk=_chunk(model))
+    return lambda: capture(model, base, tokens, positions, value=value, chunk=reading_chunk(model))
 
 
-def _chunk(model: Any) -> int:
+def reading_chunk(model: Any) -> int:
     """A GPU reads much at once, and in one piece its attention is causal without a mask."""
     from hashattention.models.capture import CHUNK
 
