@@ -35,7 +35,8 @@ def test_a_step_starts_early_where_that_was_measured_faster(batch, tokens, early
     [
         (1 << 12, (256, 0), 256, False),
         (1 << 15, (256, 256), 256, False),
-        (1 << 16, (256, 0), 384, False),
+        (1 << 16, (256, 0), 256, False),
+        (1 << 17, (256, 0), 384, False),
         (1 << 17, (512, 0), 512, False),
         (1 << 19, (256, 256), 384, False),
         (1 << 19, (256, 0), 384, True),
@@ -46,6 +47,39 @@ def test_a_step_of_few_rows_has_the_shape_of_its_length(tokens, hidden, threads,
     shape = step.choose_fused(8, 1, tokens, tokens // 32, 512, hidden, 64, 128)
     assert shape is not None
     assert (shape.threads, shape.wide) == (threads, wide)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bits", "paged", "held"),
+    [
+        (1 << 12, 64, False, 1 << 12),
+        (1 << 17, 64, False, 1 << 17),
+        (1 << 17, 128, False, 0),
+        (1 << 15, 64, True, 1 << 15),
+        (1 << 17, 64, True, 0),
+        (1 << 18, 64, False, 0),
+    ],
+)
+def test_signatures_wait_in_shared_memory_where_a_block_is_alone_and_they_fit(tokens, bits, paged, held):
+    shape = step.choose_fused(8, 1, tokens, tokens // 32, 512, (256, 0), bits, 128, paged=paged)
+    assert shape is not None
+    assert shape.held == held
+    assert shape.shared + step.BLOCK_BYTES <= step.SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "blocks", "resident"),
+    [(2, 1 << 17, 16, 1), (8, 1 << 17, 8, 1), (64, 1 << 15, 2, 1), (64, 1 << 17, 4, 3), (256, 1 << 17, 4, 3)],
+)
+def test_selection_alone_has_short_segments_or_a_multiprocessor_a_block(rows, tokens, blocks, resident):
+    shape = step.choose(1, rows, tokens, 4, 64, signature=8)
+    assert shape is not None
+    assert (shape.blocks, shape.resident) == (blocks, resident)
+
+
+def test_blocks_that_share_a_multiprocessor_hold_no_signatures():
+    shapes = [step.choose(0, 8 * batch, 1 << 15, 1 << 10, 512, signature=8) for batch in (8, 32)]
+    assert [(s.resident, s.held) for s in shapes if s] == [(1, 1 << 17), (2, 0)]
 
 
 def test_blocks_that_wait_for_each_other_need_a_multiprocessor_each():
@@ -67,9 +101,10 @@ def test_all_kernels_compile_for_sm_90(monkeypatch, tmp_path):
     sizes = {"THREADS": 256, "BLOCKS": 8, "RESIDENT": 2}
     build.load("encode", QUERY_IN=512, KEY_IN=128, HEAD_DIM=64, ROWS=1, MODE=0, TILE=16, **shape, **sizes)
     step_library = build.load("step", HEAD_DIM=128, ROWS=4, MODE=3, **shape, **sizes)
+    build.load("step", HEAD_DIM=128, ROWS=4, MODE=3, HELD=1, **shape, **(sizes | {"RESIDENT": 1}))
     shape |= {"HIDDEN1": 0, "THREADS": step.WIDE_THREADS, "BLOCKS": step.WIDE_BLOCKS, "RESIDENT": 1}
     wide_library = build.load("wide", HEAD_DIM=128, ROWS=4, MODE=3, **shape)
-    assert len(list(tmp_path.rglob("*.so"))) == 3
+    assert len(list(tmp_path.rglob("*.so"))) == 4
     assert step_library.run
     assert wide_library.run
 

@@ -12,6 +12,8 @@ import pytest
 
 PROGRAM = textwrap.dedent(
     """
+    import sys
+
     import torch
     from hashattention.ops import cuda
 
@@ -21,6 +23,7 @@ PROGRAM = textwrap.dedent(
         return weights, [torch.randn(2, b, device="cuda") * 0.1 for b in widths[1:]]
 
     torch.manual_seed(0)
+    blocks = int(sys.argv[1])
     rows = (1, 520, 0, 1, 0), (7, 520, 0, 1, 0), (20, 512, 16, 1, 0), (1, 520, 0, 2, 0), (7, 520, 0, 2, 0)
     rows += (1, 520, 0, 2, 1), (7, 520, 0, 1, 1), (40, 512, 16, 2, 1)
     for batch, tokens, pages, mixture, filled in rows:
@@ -41,6 +44,7 @@ PROGRAM = textwrap.dedent(
         out, _ = cuda.decode_step(
             q, *caches, *query, torch.zeros_like(end), end, budgets, 52, levels=7, scale=0.125,
             block_table=table, new_key=new_key, remainder=(sums, end, coefficients) if filled else None,
+            shape=(256, blocks) if blocks and batch == 7 else None,
         )
         assert out.isfinite().all()
     """
@@ -57,8 +61,10 @@ def test_a_step_is_clean(tool):
         pytest.skip("needs compute-sanitizer")
     # Torch's caching allocator would hide an access beyond a tensor.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # synccheck of CUDA 13.0 loses sight of barriers in blocks beyond the eighth of a cluster, and dies of it.
+    blocks = "8" if tool == "synccheck" else "0"
     # Only our kernels: torch's own fill the inputs.
     command = [sanitizer, "--tool", tool, "--kernel-name", "kns=step", "--kernel-name", "kns=encode_all"]
-    command += ["--error-exitcode", "9", sys.executable, "-c", PROGRAM]
+    command += ["--error-exitcode", "9", sys.executable, "-c", PROGRAM, blocks]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-1000:]

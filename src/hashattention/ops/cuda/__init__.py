@@ -24,6 +24,7 @@ from hashattention.ops.cuda.step import (
     encode,
     encode_blocks,
     fuses,
+    held_signature,
     launch,
     planes_of,
     remainder_bytes,
@@ -202,13 +203,14 @@ def decode_step(
         outputs = q.shape[1] // heads * q.shape[-1]
         processors = count_processors(q.device)
         sizes = tokens, capacity, outputs, hidden, bits, q.shape[-1]
-        whole = choose_fused(heads, batch, *sizes, processors, mixture, known)
+        whole = choose_fused(heads, batch, *sizes, processors, mixture, known, block_table is not None)
         if whole:
             maps = describe(x, weights, biases), describe(*new_key) if new_key else Map()
             run(3, hidden=hidden, maps=maps, shape=whole)
             return out, logsumexp
     rows, outputs = heads * batch, q.shape[1] // heads * q.shape[-1]
-    chosen = choose(0, rows, tokens, capacity, outputs, mixture, known) if shape is None else None
+    signature = held_signature(tokens, bits, block_table is not None)
+    chosen = choose(0, rows, tokens, capacity, outputs, mixture, known, signature) if shape is None else None
     early = chosen is not None and starts_early(chosen, rows, tokens, bits)
     held = batch, heads, mixture, planes_of(levels) + 1, bits // 32
     planes = torch.empty(held, dtype=torch.int32, device=q.device)

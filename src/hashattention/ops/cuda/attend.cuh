@@ -3,8 +3,8 @@
 #include "common.cuh"
 #include "remainder.cuh"
 
-// Tiles in flight a warp: where one block has a multiprocessor to itself, its registers hold two.
-constexpr int TILES = RESIDENT == 1 && THREADS <= 256 && HEAD_DIM <= 128 ? 2 : 1;
+// Tiles in flight a warp: where one block has a multiprocessor to itself, its registers hold two. At batch 1 they would be code that runs once.
+constexpr int TILES = MODE != 3 && RESIDENT == 1 && THREADS <= 256 && HEAD_DIM <= 128 ? 2 : 1;
 // And each logit is two sums, so that fewer products wait for one another.
 constexpr int SUMS = RESIDENT == 1 ? 2 : 1;
 // With several blocks a multiprocessor the query is read again from the first-level cache: no registers are left for it.
@@ -43,23 +43,40 @@ __device__ __forceinline__ void merge(const float* tops, const float* sums, int 
     for (int j = 0; j < COUNT; j++) factors[j] = exp2_fast(factors[j] - safe), weight += factors[j] * sums[j * stride];
 }
 
+constexpr int CHUNKS = HEAD_DIM / 32;
+
+// Where a row's tokens are, and a lane's part of its queries: known before the list is, where registers hold it so long.
+struct Place {
+    const char *k, *v, *q;
+    uint4 query[CHUNKS];
+
+    __device__ __forceinline__ void prepare(const Arguments& a, int request, int head) {
+        int kv_head = head / a.ratio;
+        k = reinterpret_cast<const char*>(a.k) + (kv_head * a.k1 + (PAGED ? 0 : request * a.k0)) * 2;
+        v = reinterpret_cast<const char*>(a.v) + (kv_head * a.v1 + (PAGED ? 0 : request * a.v0)) * 2;
+        int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+        q = reinterpret_cast<const char*>(a.q) + (request * a.q0 + int64_t(head * ROWS + g) * a.q1) * 2 + c * 16;
+        if (REREAD) return;
+        // Here, not where they are used.
+        asm volatile("" : "+l"(k), "+l"(v));
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) query[i] = load_query(i);
+    }
+    // Zeros for rows that there are not, without a move that would wait for the load.
+    __device__ __forceinline__ uint4 load_query(int i) const {
+        uint4 r = make_uint4(0, 0, 0, 0);
+        int there = (threadIdx.x & 31) >> 2 < ROWS;
+        asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+                     : "+r"(r.x), "+r"(r.y), "+r"(r.z), "+r"(r.w) : "l"(q + i * 64), "r"(there));
+        return r;
+    }
+};
+
 // One block's share, two outputs at a time to `hand`, with the maximum and the sum of their query head.
 template <typename Hand>
-__device__ __forceinline__ void attend_own(const Arguments& a, Shared& s, int length, int request, int head, Hand hand) {
-    constexpr int CHUNKS = HEAD_DIM / 32, HALVES = HEAD_DIM / 64;
+__device__ __forceinline__ void attend_own(const Arguments& a, Shared& s, Place& at, int length, Hand hand) {
+    constexpr int HALVES = HEAD_DIM / 64;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
-    int kv_head = head / a.ratio;
-    const char* k = reinterpret_cast<const char*>(a.k) + (kv_head * a.k1 + (PAGED ? 0 : request * a.k0)) * 2;
-    const char* v = reinterpret_cast<const char*>(a.v) + (kv_head * a.v1 + (PAGED ? 0 : request * a.v0)) * 2;
-    const char* q = reinterpret_cast<const char*>(a.q) + (request * a.q0 + int64_t(head * ROWS + g) * a.q1) * 2;
-    auto load_query = [&](int i) {
-        uint4 r = make_uint4(0, 0, 0, 0);
-        if (g < ROWS) asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(q + i * 64 + c * 16));
-        return r;
-    };
-    uint4 query[CHUNKS];
-#pragma unroll
-    for (int i = 0; i < CHUNKS; i++) query[i] = REREAD ? make_uint4(0, 0, 0, 0) : load_query(i);
     float acc[HALVES * 4][4] = {};
     float top = -INFINITY, sum = 0;
     int mask = (1 << a.page_shift) - 1;
@@ -72,13 +89,13 @@ __device__ __forceinline__ void attend_own(const Arguments& a, Shared& s, int le
     auto load = [&](int begin, uint4 (&key)[2][CHUNKS], uint4 (&value)[4][HALVES]) {
 #pragma unroll
         for (int t = 0; t < 2; t++) {
-            const char* from = place(k, a.k0, a.k2, s.list[min(begin + t * 8 + g, length - 1)]) + c * 16;
+            const char* from = place(at.k, a.k0, a.k2, s.list[min(begin + t * 8 + g, length - 1)]) + c * 16;
 #pragma unroll
             for (int i = 0; i < CHUNKS; i++) key[t][i] = load16(from + i * 64);
         }
 #pragma unroll
         for (int t = 0; t < 4; t++) {
-            const char* from = place(v, a.v0, a.v2, s.list[min(begin + (t >> 1) * 8 + c * 2 + (t & 1), length - 1)]) + g * 16;
+            const char* from = place(at.v, a.v0, a.v2, s.list[min(begin + (t >> 1) * 8 + c * 2 + (t & 1), length - 1)]) + g * 16;
 #pragma unroll
             for (int h = 0; h < HALVES; h++) value[t][h] = load16(from + h * 128);
         }
@@ -87,11 +104,11 @@ __device__ __forceinline__ void attend_own(const Arguments& a, Shared& s, int le
         float logit[2][SUMS][4] = {};
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            if (REREAD) query[i] = load_query(i);
+            if (REREAD) at.query[i] = at.load_query(i);
 #pragma unroll
             for (int t = 0; t < 2; t++) {
-                mma(logit[t][0], query[i].x, 0, query[i].y, 0, key[t][i].x, key[t][i].y);
-                mma(logit[t][SUMS - 1], query[i].z, 0, query[i].w, 0, key[t][i].z, key[t][i].w);
+                mma(logit[t][0], at.query[i].x, 0, at.query[i].y, 0, key[t][i].x, key[t][i].y);
+                mma(logit[t][SUMS - 1], at.query[i].z, 0, at.query[i].w, 0, key[t][i].z, key[t][i].w);
             }
         }
         float p[4];
@@ -99,10 +116,14 @@ __device__ __forceinline__ void attend_own(const Arguments& a, Shared& s, int le
         for (int i = 0; i < 4; i++) {
             float x = logit[i >> 1][0][i & 1];
             if (SUMS > 1) x += logit[i >> 1][SUMS - 1][i & 1];
-            x *= a.scale;
-            if (a.softcap != 0) x = a.softcap * tanhf(x / a.softcap);
-            p[i] = begin + (i >> 1) * 8 + c * 2 + (i & 1) < length ? x * LOG2E : -INFINITY;
+            p[i] = x * a.scale;
         }
+        if (a.softcap != 0) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) p[i] = cap_softly(p[i], a.softcap);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) p[i] = begin + (i >> 1) * 8 + c * 2 + (i & 1) < length ? p[i] * LOG2E : -INFINITY;
         float higher = fmaxf(fmaxf(p[0], p[1]), fmaxf(p[2], p[3]));
         higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, 1));
         higher = fmaxf(fmaxf(higher, __shfl_xor_sync(~0u, higher, 2)), top);
@@ -126,6 +147,7 @@ __device__ __forceinline__ void attend_own(const Arguments& a, Shared& s, int le
                     __byte_perm(v2[w], v3[w], 0x7632), b0, b1);
         }
     };
+#pragma unroll 1
     for (int begin = warp * 16; begin < length; begin += WARPS * 16 * TILES) {
         load(begin, key[0], value[0]);
         bool more = TILES > 1 && begin + WARPS * 16 < length;
@@ -151,7 +173,10 @@ __device__ __forceinline__ void attend_own(const Arguments& a, Shared& s, int le
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x * 2; i < ROWS * HEAD_DIM; i += THREADS * 2) {
+#pragma unroll
+    for (int first = 0; first < ROWS * HEAD_DIM; first += THREADS * 2) {
+        int i = first + threadIdx.x * 2;
+        if (i >= ROWS * HEAD_DIM) break;
         int r = i / HEAD_DIM;
         float high, weight, factors[WARPS];
         float2 value = {};
@@ -178,10 +203,13 @@ __device__ __forceinline__ void estimate_own(const Arguments& a, const Shared& s
 
 // Few threads a block: each sums its output over the blocks, in order, so that every run gives the same bits.
 __device__ __forceinline__ void merge_blocks(const Arguments& a, const Shared& s, int rank, int64_t row_id) {
-    for (int i = threadIdx.x; i < SHARE; i += THREADS) {
+#pragma unroll
+    for (int first = 0; first < SHARE; first += THREADS) {
+        int i = first + threadIdx.x;
+        if (i >= SHARE) break;
         int r = (rank * SHARE + i) / HEAD_DIM;
         float high, weight, value = 0, factors[BLOCKS];
-        merge<BLOCKS>(s.stats + r, s.stats + 8 + r, 16, factors, high, weight);
+        merge<BLOCKS>(s.stats + 2 * r, s.stats + 2 * r + 1, 16, factors, high, weight);
 #pragma unroll
         for (int j = 0; j < BLOCKS; j++) value += factors[j] * s.parts[j * SHARE + i];
         float result = weight > 0 ? __fdividef(value, weight) : 0;
@@ -199,16 +227,12 @@ __device__ __forceinline__ void merge_blocks(const Arguments& a, const Shared& s
     MARK(15);
 }
 
-__device__ __forceinline__ void attend(cg::cluster_group& cluster, const Arguments& a, Shared& s, int length, int request, int head, int64_t row_id) {
-    int rank = cluster.block_rank();
-    attend_own(a, s, length, request, head, [&](int i, int r, float2 value, float high, float weight) {
-        *reinterpret_cast<float2*>(cluster.map_shared_rank(s.parts, i / SHARE) + rank * SHARE + i % SHARE) = value;
-        if (i % HEAD_DIM < BLOCKS * 2) {
-            float* to = cluster.map_shared_rank(s.stats, i % HEAD_DIM / 2) + rank * 16 + r;
-            to[0] = high, to[8] = weight;
-        }
+__device__ __forceinline__ void attend(const Inbox& inbox, const Arguments& a, Shared& s, Place& at, int rank, int length, int64_t row_id) {
+    attend_own(a, s, at, length, [&](int i, int r, float2 value, float high, float weight) {
+        inbox.send(PARTS, i / SHARE, s.parts + rank * SHARE + i % SHARE, value);
+        if (i % HEAD_DIM < BLOCKS * 2) inbox.send(PARTS, i % HEAD_DIM / 2, s.stats + rank * 16 + 2 * r, make_float2(high, weight));
     });
-    cluster.sync();
+    inbox.await(PARTS);
     MARK(14);
     merge_blocks(a, s, rank, row_id);
 }

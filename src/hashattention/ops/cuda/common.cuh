@@ -1,6 +1,6 @@
 // What the parts of the step share. Built with: HEAD_DIM, ROWS (query heads a selection head), WORDS (of a signature), PLANES
 // (bits of a weight's magnitude), LEVELS, MIXED (codes a query, of whose scores the largest counts), PAGED, HALF (fp16, else bf16), HIDDEN0 and HIDDEN1 (0: no such stage), MODE, REMAINDER (shared
-// bytes that a remainder takes, remainder.cuh; 0, which it is if not given: there is none), and the shape of a launch: THREADS of a block, BLOCKS of a row, RESIDENT blocks of a multiprocessor. The shape is known
+// bytes that a remainder takes, remainder.cuh; 0, which it is if not given: there is none), HELD (a block's signatures are copied to its shared memory while the code is made), and the shape of a launch: THREADS of a block, BLOCKS of a row, RESIDENT blocks of a multiprocessor. The shape is known
 // to the compiler because at batch 1 nearly all time is latency: a loop over the blocks of a cluster must be a handful of independent loads.
 #pragma once
 #include <cooperative_groups.h>
@@ -16,13 +16,27 @@ namespace cg = cooperative_groups;
 #define WIDE 0
 #endif
 
+#ifndef HELD
+#define HELD 0
+#endif
+
 #ifndef REMAINDER
 #define REMAINDER 0
 #endif
 
+// Built with PROFILE: when each block passed mark i, in cycles of its multiprocessor; marks 0 and 15 also in nanoseconds of the chip, as marks 31 and 30.
 #ifdef PROFILE
-__device__ long long profile[64];
-#define MARK(i) if (threadIdx.x == 0 && blockIdx.x + blockIdx.y + blockIdx.z == 0) { long long t; asm volatile("mov.u64 %0, %%clock64;" : "=l"(t)); profile[i] = t; }
+constexpr int MOST_BLOCKS = 2048, MARKS = 32;
+__device__ long long profile[MOST_BLOCKS * MARKS];
+__device__ __forceinline__ void mark(int i) {
+    int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    if (threadIdx.x || block >= MOST_BLOCKS) return;
+    long long t;
+    asm volatile("mov.u64 %0, %%clock64;" : "=l"(t));
+    profile[block * MARKS + i] = t;
+    if (i == 0 || i == 15) asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(profile[block * MARKS + (i ? 30 : 31)]));
+}
+#define MARK(i) mark(i)
 extern "C" int read_profile(long long* to) { return cudaMemcpyFromSymbol(to, profile, sizeof(profile)); }
 #else
 #define MARK(i)
@@ -47,9 +61,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return *reinterpret_cast<uint32_t*>(&x);
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1 + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }
+
+// cap * tanh(x / cap), by one exponential: that of the library is as long as many a loop here.
+__device__ __forceinline__ float cap_softly(float x, float cap) { return cap * (1 - __fdividef(2, 1 + __expf(2 * __fdividef(x, cap)))); }
 
 // CODE: words of one code in planes, its signs and then its magnitude's bit planes; COLUMNS: entries of all codes of a query.
+// Kinds of messages.cuh, of which PIECES are for signatures, and the bytes of their barriers.
+constexpr int PIECES = 8, MESSAGES = 5 + PIECES, INBOX = 112;
 constexpr int BITS = WORDS * 32, BINS = 128, WARPS = THREADS / 32, CODE = (PLANES + 1) * WORDS, COLUMNS = MIXED * BITS;
 static_assert(MIXED == 1 || LEVELS > 0, "bit codes are not mixed");
 
@@ -118,6 +137,7 @@ struct Arguments {
     int64_t s0, s1, k0, k1, k2, v0, v1, v2, q0, q1;
     int tokens, capacity, table_width, page_shift, ratio, list_capacity;
     int prefetch;                 // tokens of a block
+    int held;                     // shared bytes of a block's signatures
     float scale, softcap;
     Map query, key;               // only where the step encodes; key.x may be null
     char* board;                  // wide.cu: rows of `board_row` bytes, as `Board` has it
@@ -132,17 +152,30 @@ struct Row {
     int begin, sink_stop, local_begin, stop, heavy;
 };
 
-__device__ __forceinline__ Row read_row(const Arguments& a, int request, int64_t row) {
-    Row r;
-    r.begin = max(a.start[request], 0);
-    r.stop = max(min(a.end[request], a.tokens), r.begin);
-    int local = min(max(a.budgets[row * 3 + 1], 0), a.capacity);
-    int sink = min(max(a.budgets[row * 3], 0), a.capacity - local);
-    r.heavy = min(max(a.budgets[row * 3 + 2], 0), a.capacity - local - sink);
-    r.sink_stop = r.begin + min(sink, r.stop - r.begin);
-    r.local_begin = max(r.stop - local, r.sink_stop);
-    return r;
-}
+// A row's bounds as they are given, asked for where this stands and waited for where they are used.
+struct Bounds {
+    int start, end, sink, local, heavy;
+
+    __device__ __forceinline__ void ask(const Arguments& a, int request, int64_t row) {
+        auto load = [](const int* p) {
+            int x;
+            asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(p));
+            return x;
+        };
+        start = load(a.start + request), end = load(a.end + request);
+        sink = load(a.budgets + row * 3), local = load(a.budgets + row * 3 + 1), heavy = load(a.budgets + row * 3 + 2);
+    }
+    __device__ __forceinline__ Row row(const Arguments& a) const {
+        Row r;
+        r.begin = max(start, 0);
+        r.stop = max(min(end, a.tokens), r.begin);
+        int locals = min(max(local, 0), a.capacity), sinks = min(max(sink, 0), a.capacity - locals);
+        r.heavy = min(max(heavy, 0), a.capacity - locals - sinks);
+        r.sink_stop = r.begin + min(sinks, r.stop - r.begin);
+        r.local_begin = max(r.stop - locals, r.sink_stop);
+        return r;
+    }
+};
 
 // Where a token's signature is, in words.
 __device__ __forceinline__ int64_t place_signature(const Arguments& a, int request, int head, int token) {
@@ -152,26 +185,30 @@ __device__ __forceinline__ int64_t place_signature(const Arguments& a, int reque
 }
 
 // Shared memory, in this order. The last part serves the encoding, then the scores, then the warps' parts of the output.
-// Blocks of a cluster only write to each other's memory, between two barriers: no remote read waits on a round trip.
+// Blocks of a cluster only write to each other's memory, to what nothing else is kept in: no remote read waits on a round trip.
 struct Shared {
+    uint64_t* inbox;    // INBOX bytes: the barriers of messages.cuh
     uint16_t* slices;   // BLOCKS * BINS: every block's suffix sums
     int* counts;        // BINS: own histogram
     int* warps;         // 32
     uint32_t* planes;   // 32 * MIXED: the query code of this row
-    float* stats;       // BLOCKS * 16: every block's maximum and sum of each query head
+    float* stats;       // BLOCKS * 16: every block's maximum and sum of each query head, side by side
     float* parts;       // ROWS * HEAD_DIM: every block's part of the outputs that this block merges
     int* list;          // list_capacity, behind the remainder's bytes
+    char* keys;         // HELD: signatures
     char* rest;
 
     __device__ Shared(char* base, const Arguments& a) {
-        slices = reinterpret_cast<uint16_t*>(base);
+        inbox = reinterpret_cast<uint64_t*>(base);
+        slices = reinterpret_cast<uint16_t*>(base + INBOX);
         counts = reinterpret_cast<int*>(slices + BLOCKS * BINS);
         warps = counts + BINS;
         planes = reinterpret_cast<uint32_t*>(warps + 32);
         stats = reinterpret_cast<float*>(planes + 32 * MIXED);
         parts = stats + BLOCKS * 16;
         list = reinterpret_cast<int*>(known() + REMAINDER);
-        rest = reinterpret_cast<char*>(list + a.list_capacity);
+        keys = reinterpret_cast<char*>(list + a.list_capacity);
+        rest = keys + a.held;
     }
     __device__ char* known() const { return reinterpret_cast<char*>(parts + ROWS * HEAD_DIM); }
     __device__ uint32_t* newest() const { return planes + 32 * MIXED - 4; }

@@ -3,7 +3,7 @@
 // rounding leaves of it, so that they lose next to nothing. All weights are asked for before the first product.
 // Built with: QUERY_IN, KEY_IN (0: no keys), HIDDEN0, HIDDEN1 (0: none), WORDS, LEVELS (0: bit code), PLANES, MIXED, BLOCKS, HALF, TILE (requests of a cluster: 16 or 32),
 // and what common.cuh asks for.
-#include "common.cuh"
+#include "messages.cuh"
 
 struct Batch {
     Map query, key;
@@ -21,7 +21,10 @@ constexpr int COLUMNS0 = HIDDEN0 / BLOCKS, COLUMNS1 = HIDDEN1 / BLOCKS, COLUMNS2
 // In 16-byte units: the weights, the inputs (later the second hidden layer), the first hidden layer.
 constexpr int WEIGHTS = (WIDEST_IN * COLUMNS0 + HIDDEN0 * COLUMNS1 + LAST * COLUMNS2) / 8;
 constexpr int INPUTS = TILE * (WIDEST_IN > 2 * HIDDEN1 ? WIDEST_IN : 2 * HIDDEN1) / 8, HIDDENS = 2 * TILE * HIDDEN0 / 8;
-constexpr int SHARED = (WEIGHTS + INPUTS + HIDDENS) * 16 + SHARE * COLUMNS * 4;
+// Messages between the blocks of a cluster: the hidden layers and the logits.
+enum { FIRST_HIDDEN, SECOND_HIDDEN, CODES, KINDS };
+constexpr int SHARED = (WEIGHTS + INPUTS + HIDDENS) * 16 + SHARE * COLUMNS * 4 + INBOX;
+static_assert(KINDS * 8 <= INBOX, "`Inbox`");
 static_assert(COLUMNS0 % 8 == 0 && COLUMNS1 % 8 == 0 && BITS / BLOCKS % 8 == 0 && (MIXED & (MIXED - 1)) == 0 && QUERY_IN % 64 == 0 && KEY_IN % 64 == 0 && HIDDEN0 % 64 == 0, "widths");
 
 // Where 16 bytes of a row lie, so that eight rows' same chunk falls into eight groups of banks.
@@ -32,10 +35,8 @@ __device__ __forceinline__ int place(int row, int chunk) {
     else return row * CHUNKS + (chunk ^ (row / (8 / CHUNKS) & (CHUNKS - 1)));
 }
 
-__device__ __forceinline__ uint32_t address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-
 __device__ __forceinline__ void copy_async(uint4* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(address(to)), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared_address(to)), "l"(from) : "memory");
 }
 
 // This block's columns of one stage's weights [IN, OUT].
@@ -88,12 +89,12 @@ __device__ __forceinline__ void products(const uint4* rows, const uint4* slice, 
                 int in = k + half * 16;
                 uint32_t b0, b1;
                 asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                             : "=r"(b0), "=r"(b1) : "r"(address(slice + place<OUT / BLOCKS>(in + (lane & 15), tile))));
+                             : "=r"(b0), "=r"(b1) : "r"(shared_address(slice + place<OUT / BLOCKS>(in + (lane & 15), tile))));
 #pragma unroll
                 for (int t = 0; t < TERMS; t++) {
                     uint32_t a[4];
                     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                                 : "r"(address(rows + t * (TILE * IN / 8) + place<IN>(first + (lane & 15), in / 8 + (lane >> 4)))));
+                                 : "r"(shared_address(rows + t * (TILE * IN / 8) + place<IN>(first + (lane & 15), in / 8 + (lane >> 4)))));
                     multiply(sum[half][t], a, b0, b1);
                 }
             }
@@ -120,16 +121,18 @@ __device__ __forceinline__ void keep_hidden(uint4* layer, int row, int column, f
 
 // This block's columns of a hidden layer to every other block, 16 bytes at a time.
 template <int WIDTH>
-__device__ __forceinline__ void share_hidden(cg::cluster_group& cluster, uint4* layer, int rank) {
+__device__ __forceinline__ void share_hidden(const Inbox& inbox, int kind, uint4* layer, int rank) {
     constexpr int OWN = WIDTH / BLOCKS / 8, CHUNKS = 2 * TILE * OWN;
     __syncthreads();
+    if (threadIdx.x == 0) inbox.expect(kind, (BLOCKS - 1) * CHUNKS * 16);
 #pragma unroll 2
     for (int i = threadIdx.x; i < CHUNKS; i += THREADS) {
         int term = i / (TILE * OWN), at = term * (TILE * WIDTH / 8) + place<WIDTH>(i / OWN % TILE, rank * OWN + i % OWN);
         uint4 own = layer[at];
 #pragma unroll
-        for (int b = 1; b < BLOCKS; b++) cluster.map_shared_rank(layer, (rank + b) % BLOCKS)[at] = own;
+        for (int b = 1; b < BLOCKS; b++) inbox.send(kind, (rank + b) % BLOCKS, layer + at, own);
     }
+    inbox.await(kind);
 }
 
 __device__ void write_signature(const Batch& a, const float* logits, int request, int head) {
@@ -148,11 +151,17 @@ __device__ void write_signature(const Batch& a, const float* logits, int request
 template <int IN, bool KEY>
 __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head, char* memory) {
     constexpr int OUT = KEY ? BITS : COLUMNS;
-    cg::cluster_group cluster = cg::this_cluster();
-    int rank = cluster.block_rank(), first = blockIdx.z * TILE;
+    int rank = blockIdx.x, first = blockIdx.z * TILE;
     uint4 *weights = reinterpret_cast<uint4*>(memory), *inputs = weights + WEIGHTS, *hidden = inputs + INPUTS;
     float* logits = reinterpret_cast<float*>(hidden + HIDDENS);
     MARK(0);
+    Inbox inbox(reinterpret_cast<uint64_t*>(logits + SHARE * COLUMNS));
+    if (threadIdx.x == 0) {
+        inbox.open(KINDS);
+        inbox.expect(CODES, SHARE * OUT * 4);
+    }
+    // Every block must run when another sends to it.
+    arrive_first();
     if (a.early) cudaTriggerProgrammaticLaunchCompletion();
     uint4 *slice1 = weights + IN * COLUMNS0 / 8, *slice2 = slice1 + HIDDEN0 * COLUMNS1 / 8;
     for (int i = threadIdx.x; i < TILE * IN / 8; i += THREADS) {
@@ -170,29 +179,26 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     asm volatile("cp.async.commit_group;");
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     MARK(1);
-    // Every block must have started when another writes to its memory.
-    cluster.sync();
+    __syncthreads();
     MARK(2);
     products<1, IN, HIDDEN0>(inputs, weights, tasks0, rank,
                              [&](int row, int column, float low, float high) { keep_hidden<HIDDEN0>(hidden, row, column, low, high); });
-    share_hidden<HIDDEN0>(cluster, hidden, rank);
     MARK(3);
+    await_first();
     asm volatile("cp.async.wait_group 0;" ::: "memory");
-    cluster.sync();
+    share_hidden<HIDDEN0>(inbox, FIRST_HIDDEN, hidden, rank);
     MARK(4);
     if constexpr (HIDDEN1 > 0) {
         products<2, HIDDEN0, HIDDEN1>(hidden, slice1, tasks1, rank,
                                       [&](int row, int column, float low, float high) { keep_hidden<HIDDEN1>(inputs, row, column, low, high); });
-        share_hidden<HIDDEN1>(cluster, inputs, rank);
-        MARK(5);
-        cluster.sync();
+        share_hidden<HIDDEN1>(inbox, SECOND_HIDDEN, inputs, rank);
         MARK(6);
     }
     products<2, LAST, OUT>(HIDDEN1 ? inputs : hidden, slice2, tasks2, rank, [&](int row, int column, float low, float high) {
-        *reinterpret_cast<float2*>(cluster.map_shared_rank(logits, row / SHARE) + row % SHARE * OUT + column) = make_float2(low, high);
+        inbox.send(CODES, row / SHARE, logits + row % SHARE * OUT + column, make_float2(low, high));
     });
     MARK(7);
-    cluster.sync();
+    inbox.await(CODES);
     MARK(8);
     // The step may start: it waits for the codes where it needs them. Earlier, few blocks would crowd where none of this is.
     cudaTriggerProgrammaticLaunchCompletion();
@@ -202,6 +208,7 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
         if (KEY) write_signature(a, logits + i * OUT, request, head);
         else quantise(logits + i * OUT, a.planes + (int64_t(request) * a.query.heads + head) * MIXED * CODE);
     }
+    MARK(15);
 }
 
 __global__ void __launch_bounds__(THREADS) encode_all(const __grid_constant__ Batch a) {

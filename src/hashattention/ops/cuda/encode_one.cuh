@@ -2,7 +2,7 @@
 // asked for at the start; the first stage is split by columns and the later ones by rows, so that a stage costs one exchange at
 // most. The newest key's signature: one block of another cluster does all of it, because nothing waits for it.
 #pragma once
-#include "common.cuh"
+#include "messages.cuh"
 
 #if MODE == 3
 constexpr int LAST = HIDDEN1 ? HIDDEN1 : HIDDEN0, OWN0 = HIDDEN0 / BLOCKS, OWN1 = HIDDEN1 / BLOCKS, OWN_LAST = LAST / BLOCKS;
@@ -125,12 +125,13 @@ struct Encoder {
     __device__ __forceinline__ void second_sums(Workspace& s) const { later_sums<LANES1, GROUPS1, OWN0>(s, s.hidden, weights1); }
 
     // Hand this block's sums of every column to the block that owns it.
-    __device__ __forceinline__ void share_second(cg::cluster_group& cluster, Workspace& s) const {
+    __device__ __forceinline__ void share_second(const Inbox& inbox, Workspace& s, int rank) const {
         for (int i = threadIdx.x; i < HIDDEN1; i += THREADS) {
             float total = 0;
 #pragma unroll
             for (int g = 0; g < GROUPS1; g++) total += s.sums[g * HIDDEN1 + i];
-            cluster.map_shared_rank(s.received, i / (OWN1 ? OWN1 : 1))[cluster.block_rank() * OWN1 + i % (OWN1 ? OWN1 : 1)] = total;
+            constexpr int OWN = OWN1 ? OWN1 : 1;
+            inbox.send(SECOND, i / OWN, s.received + rank * OWN + i % OWN, total);
         }
     }
 
@@ -145,17 +146,17 @@ struct Encoder {
     __device__ __forceinline__ void last_sums(Workspace& s) const { later_sums<LANES2, GROUPS2, OWN_LAST>(s, s.hidden + (HIDDEN1 ? 64 : 0), weights2); }
 
     // Hand this block's sums of every logit to every block.
-    __device__ __forceinline__ void share_last(cg::cluster_group& cluster, Workspace& s) const {
-        constexpr int PARTS = THREADS / OUT;
+    __device__ __forceinline__ void share_last(const Inbox& inbox, Workspace& s, int rank) const {
+        constexpr int TURNS = THREADS / OUT;
         int column = threadIdx.x % OUT;
         if constexpr (THREADS % OUT > 0) {
-            if (threadIdx.x >= PARTS * OUT) return;
+            if (threadIdx.x >= TURNS * OUT) return;
         }
         float total = 0;
 #pragma unroll
         for (int g = 0; g < GROUPS2; g++) total += s.sums[g * OUT + column];
 #pragma unroll
-        for (int to = threadIdx.x / OUT; to < BLOCKS; to += PARTS) cluster.map_shared_rank(s.logits, to)[cluster.block_rank() * OUT + column] = total;
+        for (int to = threadIdx.x / OUT; to < BLOCKS; to += TURNS) inbox.send(LOGITS, to, s.logits + rank * OUT + column, total);
     }
 
     __device__ __forceinline__ void finish_last(Workspace& s) const {
@@ -188,8 +189,8 @@ __device__ void stage_alone(const Map& map, int stage, int head, const float* x,
 }
 
 // The logits of the newest key of a head, by one block.
-__device__ __noinline__ const float* encode_key(const Arguments& a, Shared& s, int request, int head) {
-    float *sums = s.scratch(), *x = sums + THREADS * 8, *y = x + HEAD_DIM, *z = y + HIDDEN0, *logits = z + HIDDEN1;
+__device__ const float* encode_key(const Arguments& a, float* sums, int request, int head) {
+    float *x = sums + THREADS * 8, *y = x + HEAD_DIM, *z = y + HIDDEN0, *logits = z + HIDDEN1;
     const Short* from = static_cast<const Short*>(a.key.x) + request * a.key.x0 + head * a.key.x1;
     if (threadIdx.x < HEAD_DIM) x[threadIdx.x] = widen(from[threadIdx.x]);
     __syncthreads();
@@ -199,21 +200,21 @@ __device__ __noinline__ const float* encode_key(const Arguments& a, Shared& s, i
     return logits;
 }
 
-// Its signature, to its place in the cache and, where the row is to score it, to shared memory.
-__device__ void write_signature(const Arguments& a, Shared& s, int request, int head, bool keep) {
+// Its signature, to its place in the cache or, where the row is to score it, to shared memory, `kept`.
+__device__ __noinline__ void write_signature(const Arguments& a, float* scratch, uint32_t* kept, int request, int head) {
     if (threadIdx.x < STAGES) {
         int in = threadIdx.x == 0 ? HEAD_DIM : threadIdx.x == STAGES - 1 ? LAST : HIDDEN0, out = threadIdx.x == STAGES - 1 ? BITS : threadIdx.x ? HIDDEN1 : HIDDEN0;
         const Short* from = static_cast<const Short*>(a.key.weights[threadIdx.x]) + int64_t(head) * in * out;
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(in * out * 2) : "memory");
     }
-    const float* logits = encode_key(a, s, request, head);
+    const float* logits = encode_key(a, scratch, request, head);
     int lane = threadIdx.x & 31, token = a.end[request] - 1;
     if (threadIdx.x < 32) {
         int64_t place = place_signature(a, request, head, max(token, 0));
 #pragma unroll
         for (int w = 0; w < WORDS; w++) {
             uint32_t word = __ballot_sync(~0u, logits[w * 32 + lane] > 0);
-            if (lane == 0 && keep) s.newest()[w] = word;
+            if (lane == 0 && kept) kept[w] = word;
             else if (lane == 0 && token >= 0 && token < a.tokens) a.signatures[place + w] = word;
         }
     }

@@ -2,7 +2,7 @@
 // query head, the logit of the mean key and how many tokens of how many were taken (`reference.add_remainder`). What it reads is
 // copied to shared memory from the start on, and all that does not depend on the attention is there before the merge.
 #pragma once
-#include "common.cuh"
+#include "messages.cuh"
 
 #if REMAINDER
 // Before the selection, unless blocks share a multiprocessor: then the row's bounds would leave their registers for it, and one block's
@@ -28,8 +28,6 @@ struct Known {
     }
     __device__ float number() const { return sums[2 * HEAD_DIM]; }
 };
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // Ask for the queries, the sums (rows of an odd length: 4 bytes at a time), the length and the coefficients of this row.
 __device__ __forceinline__ void ask_remainder(const Arguments& a, const Shared& s, int request, int head) {
@@ -69,10 +67,11 @@ __device__ __forceinline__ void estimate_remainder(const Arguments& a, const Sha
 #pragma unroll
     for (int step = 16; step; step /= 2) dot += __shfl_xor_sync(~0u, dot, step);
     float some = fmaxf(taken, 1.0f), left = taken > 0 && known.number() > 0 ? fmaxf(*known.length - some, 0.0f) : 0;
-    float mu = dot * a.scale / fmaxf(known.number(), 1.0f);
-    if (a.softcap != 0) mu = a.softcap * tanhf(mu / a.softcap);
+    float mu = __fdividef(dot * a.scale, fmaxf(known.number(), 1.0f));
+    if (a.softcap != 0) mu = cap_softly(mu, a.softcap);
     const float* own = known.own + r * 3;
-    if (lane == 0) known.estimates[r] = make_float4(mu * LOG2E + log2f(some), own[1], own[0] * LOG2E + own[2] * log2f(some / (some + left)), left / some);
+    float log_some = __log2f(some), log_share = log_some - __log2f(some + left);
+    if (lane == 0) known.estimates[r] = make_float4(mu * LOG2E + log_some, own[1], own[0] * LOG2E + own[2] * log_share, __fdividef(left, some));
 }
 
 // Entry d of an output of query head r whose weights' logarithm (base 2) is `logsumexp`.

@@ -1,6 +1,6 @@
 // Score: the matches of every signature with the query code, weighted by its magnitudes, on the tensor cores' 1-bit products.
 #pragma once
-#include "common.cuh"
+#include "messages.cuh"
 
 // d[row, column] += population count of (16 rows of 256 key bits) and (8 columns of planes).
 __device__ __forceinline__ void count_and(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -124,8 +124,8 @@ __device__ __forceinline__ uint4 load_key(const uint32_t* from) {
 
 // Selection alone, and short signatures, leave registers for more blocks a multiprocessor; 384 threads have fewer each than 256.
 constexpr int UNROLL = (MODE == 1 || WORDS == 1 || THREADS == 384 ? 8 : 16) / LOADS;
-// The first signatures are loaded before the code is known, where registers hold them so long.
-constexpr bool AHEAD = MODE == 3 && RESIDENT == 1 && (WIDE || THREADS <= 256);
+// wide.cu loads the first signatures to registers before the code is known.
+constexpr bool AHEAD = WIDE;
 
 typedef uint4 Keys[UNROLL][LOADS];
 
@@ -147,60 +147,134 @@ __device__ __forceinline__ void load_keys(const Arguments& a, const Row& row, in
     }
 }
 
-// A candidate's entry is its score - `base`, kept within 0..127; any other token's is 0. `loaded`: the first signatures are in `key`.
-__device__ __forceinline__ void score(const Arguments& a, Shared& s, const Row& row, int first, int segment, int request, int head, int base, Keys& key, bool loaded) {
-    constexpr int TOGETHER = 4;
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int limit = min(row.local_begin, first + segment);
+constexpr int TOGETHER = 4;
+// Chunks of a piece: whole turns of all warps.
+__device__ __forceinline__ int piece_of(int chunks) {
+    constexpr int TURN = WARPS * TOGETHER;
+    return (chunks + TURN * PIECES - 1) / (TURN * PIECES) * TURN;
+}
+
+// Ask for all of this block's signatures, to shared memory.
+__device__ __forceinline__ void ask_keys(const Arguments& a, Shared& s, const Row& row, int first, int segment, int request, int head) {
+    constexpr int ROUND = 4 / WORDS;    // tokens of 16 bytes
+    int tokens = max(0, min(segment, row.local_begin - first)), all = (tokens + ROUND - 1) / ROUND * ROUND;
+    if (PAGED) {
+        // Pages are short: 16 bytes a thread at a time, so many that the page numbers of all are on their way at once.
+        constexpr int EACH = 8;
+        for (int begin = threadIdx.x * ROUND; begin < all; begin += THREADS * ROUND * EACH) {
+#pragma unroll
+            for (int u = 0; u < EACH; u++) {
+                int at = begin + u * THREADS * ROUND;
+                const uint32_t* from = a.signatures + place_signature(a, request, head, first + min(at, all - ROUND));
+                if (at < all) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared_address(s.keys + at * WORDS * 4)), "l"(from));
+            }
+        }
+        return;
+    }
+    // A lane a piece, of a warp that has nothing else to do; before the first barrier of the block, of the one that opened the inbox.
+    int number = THREADS > 256 || MODE != 3 ? threadIdx.x : threadIdx.x - (THREADS - 32);
+    int piece = piece_of((tokens + CHUNK - 1) / CHUNK) * CHUNK, from = number * piece, bytes = min(piece, all - from) * WORDS * 4;
+    if (number < 0 || number >= PIECES || bytes <= 0) return;
+    Inbox inbox(s);
+    inbox.expect(KEYS + number, bytes);
+    inbox.copy(KEYS + number, s.keys + from * WORDS * 4, a.signatures + place_signature(a, request, head, first) + int64_t(from) * WORDS, bytes);
+}
+
+// How a row's codes turn signatures into entries: an entry is a candidate's score - `base`, kept within 0..127, and any other token's 0.
+struct Scorer {
     uint32_t lift[MIXED];
     Code code[MIXED];
+
+    __device__ __forceinline__ Scorer(const Shared& s, int base) {
 #pragma unroll
-    for (int c = 0; c < MIXED; c++) {
-        int by = raise_of(s.planes, c) - base;
-        lift[c] = __byte_perm(by, by, 0x5410);
-        code[c].load(s.planes + c * CODE);
+        for (int c = 0; c < MIXED; c++) {
+            int by = raise_of(s.planes, c) - base;
+            lift[c] = __byte_perm(by, by, 0x5410);
+            code[c].load(s.planes + c * CODE);
+        }
     }
-    int chunks = (max(0, limit - first) + CHUNK - 1) / CHUNK;
-    for (int begin = warp; begin < chunks; begin += WARPS * UNROLL) {
-        if (!AHEAD || !loaded) load_keys(a, row, first, segment, request, head, begin, key);
-        loaded = false;
-        // Several chunks between two branches, so that one's products run under another's.
+
+    // COUNT chunks from `begin` on, WARPS apart, so that one's products run under another's.
+    template <int COUNT>
+    __device__ __forceinline__ void enter(Shared& s, const Row& row, const uint4 (*key)[LOADS], int first, int limit, int begin, int chunks) const {
+        int lane = threadIdx.x & 31;
+        uint32_t entry[COUNT][PAIRS];
 #pragma unroll
-        for (int v = 0; v < UNROLL; v += TOGETHER) {
-            if (begin + v * WARPS >= chunks) break;
-            uint32_t entry[TOGETHER][PAIRS];
+        for (int u = 0; u < COUNT; u++) {
 #pragma unroll
-            for (int u = 0; u < TOGETHER; u++) {
+            for (int c = 0; c < MIXED; c++) {
+                int found[TOKENS];
+                code[c].match(key[u], found);
 #pragma unroll
-                for (int c = 0; c < MIXED; c++) {
-                    int found[TOKENS];
-                    code[c].match(key[v + u], found);
-#pragma unroll
-                    for (int t = 0; t < PAIRS; t++) {
-                        // At most 2045 each.
-                        uint32_t both = __byte_perm(found[2 * t], found[2 * t + 1], 0x5410) * SCALE;
-                        uint32_t one = __viaddmin_s16x2_relu(both, lift[c], 0x007f007f);
-                        entry[u][t] = c ? __vmaxs2(entry[u][t], one) : one;
-                    }
+                for (int t = 0; t < PAIRS; t++) {
+                    // At most 2045 each.
+                    uint32_t both = __byte_perm(found[2 * t], found[2 * t + 1], 0x5410) * SCALE;
+                    uint32_t one = __viaddmin_s16x2_relu(both, lift[c], 0x007f007f);
+                    entry[u][t] = c ? __vmaxs2(entry[u][t], one) : one;
                 }
             }
-            int token = first + (begin + v * WARPS) * CHUNK;
-            if (token < row.sink_stop || token + ((TOGETHER - 1) * WARPS + 1) * CHUNK > limit) {
+        }
+        int token = first + begin * CHUNK;
+        if (token < row.sink_stop || token + ((COUNT - 1) * WARPS + 1) * CHUNK > limit) {
 #pragma unroll
-                for (int u = 0; u < TOGETHER; u++) {
+            for (int u = 0; u < COUNT; u++) {
 #pragma unroll
-                    for (int t = 0; t < TOKENS; t++) {
-                        int at = token + u * WARPS * CHUNK + (WORDS == 4 ? lane + t * 32 : lane * TOKENS + t);
-                        if (at < row.sink_stop || at >= limit) entry[u][t / 2] &= t & 1 ? 0xffffu : 0xffff0000u;
-                    }
+                for (int t = 0; t < TOKENS; t++) {
+                    int at = token + u * WARPS * CHUNK + (WORDS == 4 ? lane + t * 32 : lane * TOKENS + t);
+                    if (at < row.sink_stop || at >= limit) entry[u][t / 2] &= t & 1 ? 0xffffu : 0xffff0000u;
                 }
             }
+        }
 #pragma unroll
-            for (int u = 0; u < TOGETHER; u++) {
-                int chunk = begin + (v + u) * WARPS;
+        for (int u = 0; u < COUNT; u++) {
+            int chunk = begin + u * WARPS;
 #pragma unroll
-                for (int t = 0; t < PAIRS; t++) count_entries(s.counts, entry[u][t]);
-                if (chunk < chunks) store_entries(s.scores() + chunk * CHUNK, entry[u]);
+            for (int t = 0; t < PAIRS; t++) count_entries(s.counts, entry[u][t]);
+            if (COUNT == 1 || chunk < chunks) store_entries(s.scores() + chunk * CHUNK, entry[u]);
+        }
+    }
+};
+
+// Entries of this block's tokens, and their counts. `loaded`: the first signatures are in `key`.
+__device__ __forceinline__ void score(const Arguments& a, Shared& s, const Row& row, int first, int segment, int request, int head, int base, Keys& key, bool loaded) {
+    int limit = min(row.local_begin, first + segment), chunks = (max(0, limit - first) + CHUNK - 1) / CHUNK, begin = threadIdx.x >> 5;
+    Scorer scorer(s, base);
+    if constexpr (HELD) {
+        if (PAGED) {
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            __syncthreads();
+        }
+        auto load = [&](int chunk, uint4 (&key)[LOADS]) {
+#pragma unroll
+            for (int l = 0; l < LOADS; l++) key[l] = reinterpret_cast<const uint4*>(s.keys)[(chunk * LOADS + l) * 32 + (threadIdx.x & 31)];
+        };
+        int piece = piece_of(chunks);
+#pragma unroll 1
+        for (int number = 0; begin < chunks; number++) {
+            if (!PAGED) Inbox(s).await(KEYS + number);
+            int stop = min(chunks, (number + 1) * piece);
+#pragma unroll 1
+            for (; begin + (TOGETHER - 1) * WARPS < stop; begin += TOGETHER * WARPS) {
+                uint4 some[TOGETHER][LOADS];
+#pragma unroll
+                for (int u = 0; u < TOGETHER; u++) load(begin + u * WARPS, some[u]);
+                scorer.enter<TOGETHER>(s, row, some, first, limit, begin, chunks);
+            }
+#pragma unroll 1
+            for (; begin < stop; begin += WARPS) {
+                uint4 one[1][LOADS];
+                load(begin, one[0]);
+                scorer.enter<1>(s, row, one, first, limit, begin, chunks);
+            }
+        }
+    } else {
+        for (; begin < chunks; begin += WARPS * UNROLL) {
+            if (!AHEAD || !loaded) load_keys(a, row, first, segment, request, head, begin, key);
+            loaded = false;
+#pragma unroll
+            for (int v = 0; v < UNROLL; v += TOGETHER) {
+                if (begin + v * WARPS >= chunks) break;
+                scorer.enter<TOGETHER>(s, row, key + v, first, limit, begin + v * WARPS, chunks);
             }
         }
     }

@@ -1,6 +1,6 @@
 // Select: count the entries of a row over its cluster, find the border, hand out what lies above it.
 #pragma once
-#include "common.cuh"
+#include "messages.cuh"
 
 // How many of this block's entries are >= each bin: a lane's four bins, 124 - 4 lane and up, in 16 bits each. Every warp sums for itself.
 __device__ __forceinline__ uint2 sum_counts(const Shared& s) {
@@ -25,15 +25,16 @@ __device__ __forceinline__ uint2 sum_counts(const Shared& s) {
     return make_uint2((own[0] & 0xffff) | own[1] << 16, (own[2] & 0xffff) | own[3] << 16);
 }
 
-__device__ __forceinline__ void store_counts(uint16_t* slices, int block, int lane, uint2 all) {
-    *reinterpret_cast<uint2*>(slices + block * BINS + BINS - 4 * (lane + 1)) = all;
+__device__ __forceinline__ uint2* place_counts(const Shared& s, int block, int lane) {
+    return reinterpret_cast<uint2*>(s.slices + block * BINS + BINS - 4 * (lane + 1));
 }
 
 // Every block's sums go to every block of the cluster.
-__device__ void share_counts(cg::cluster_group& cluster, Shared& s) {
+__device__ void share_counts(const Inbox& inbox, Shared& s, int rank) {
+    if (threadIdx.x >> 5 >= BLOCKS) return;
     uint2 all = sum_counts(s);
 #pragma unroll
-    for (int to = threadIdx.x >> 5; to < BLOCKS; to += WARPS) store_counts(cluster.map_shared_rank(s.slices, to), cluster.block_rank(), threadIdx.x & 31, all);
+    for (int to = threadIdx.x >> 5; to < BLOCKS; to += WARPS) inbox.send(COUNTS, to, place_counts(s, rank, threadIdx.x & 31), all);
 }
 
 // How many entries of a block are >= bin, 0 < bin < BINS; `large`: a block may hold 65536.
@@ -50,20 +51,37 @@ struct Border {
     int own, most;      // tokens taken of this block, and the most of any (wide.cu)
 };
 
-__device__ __forceinline__ Border find_border(const Shared& s, int rank, int heavy, bool last, bool large) {
-    int lane = threadIdx.x & 31;
-    Border b;
-    b.entry = 0;
+// Every warp finds it for itself, a lane four bins: a barrier would take longer.
+__device__ __forceinline__ Border find_border(const Shared& s, int rank, int heavy, int segment, bool last) {
+    bool large = segment > 0xffff;
+    int lane = threadIdx.x & 31, total[4] = {};
+    auto counts = [&](int j) { return *reinterpret_cast<const uint2*>(s.slices + j * BINS + lane * 4); };
+    if (BLOCKS * segment <= 0xffff) {
+        uint2 both = counts(0);
 #pragma unroll
-    for (int begin = 0; begin < BINS; begin += THREADS) {
-        int i = begin + threadIdx.x, total = 0;
-        if (i > 0 && i < BINS) {
+        for (int j = 1; j < BLOCKS; j++) both.x += counts(j).x, both.y += counts(j).y;
+        total[0] = both.x & 0xffff, total[1] = both.x >> 16, total[2] = both.y & 0xffff, total[3] = both.y >> 16;
+    } else {
 #pragma unroll
-            for (int j = 0; j < BLOCKS; j++) total += read_count(s, j, i, large);
+        for (int j = 0; j < BLOCKS; j++) {
+            uint2 both = counts(j);
+            total[0] += both.x & 0xffff, total[1] += both.x >> 16, total[2] += both.y & 0xffff, total[3] += both.y >> 16;
         }
-        // Suffix sums fall, so the border is the number of bins that hold enough.
-        b.entry += __syncthreads_count(total >= heavy);
     }
+    if (large) {
+        // Where a block has 65536, the 16 bits say 0.
+#pragma unroll 1
+        for (int j = 0; j < BLOCKS; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) total[i] += lane * 4 + i <= s.slices[j * BINS] ? 0x10000 : 0;
+        }
+    }
+    int enough = lane > 0 && total[0] >= heavy;
+#pragma unroll
+    for (int i = 1; i < 4; i++) enough += total[i] >= heavy;
+    Border b;
+    // Suffix sums fall, so the border is the number of bins that hold enough; bin 0 holds no sum.
+    b.entry = __reduce_add_sync(~0u, enough);
     if (last) b.entry = max(b.entry, 1);
     int least = lane < BLOCKS && b.entry ? read_count(s, lane, b.entry, large) : 0;
     int above = lane < BLOCKS && b.entry + 1 < BINS ? read_count(s, lane, b.entry + 1, large) : 0;
@@ -95,40 +113,22 @@ __device__ __forceinline__ uint32_t at_least(const uint4& x, uint32_t raise) {
     return low >> 7 | high << 1;
 }
 
-// Hand every taken token of this block to `emit` with its rank among the row's heavy tokens.
-template <int STEPS, typename Emit>
-__device__ __forceinline__ void compact(Shared& s, const Border& b, int first, int segment, Emit emit) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int each = (segment + 512 * WARPS - 1) / (512 * WARPS) * 512, start = warp * each, stop = min(segment, start + each);
-    uint32_t raise = (128 - b.entry) * 0x01010101u, raise_above = raise - 0x01010101u;
-    const uint8_t* scores = s.scores();
-    uint32_t least = 0, above = 0;
-    for (int i = start + lane * 16; i < stop; i += 512) {
-        uint4 x = *reinterpret_cast<const uint4*>(scores + i);
-#pragma unroll
-        for (int w = 0; w < 4; w++) {
-            least = __dp4a(reach((&x.x)[w], raise), 0x01010101u, least);
-            above = __dp4a(reach((&x.x)[w], raise_above), 0x01010101u, above);
-        }
-    }
-    uint32_t own = __reduce_add_sync(~0u, above >> 7 | (least - above) >> 7 << 16);
-    if (lane == 0) s.warps[warp] = own;
-    __syncthreads();
-    int above_before = b.above, equal_before = b.equal;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-        uint32_t other = w < warp ? s.warps[w] : 0;
-        above_before += other & 0xffff, equal_before += other >> 16;
-    }
-    // Several steps at once, because each is a chain of a dozen dependent instructions.
-    for (int begin = start; begin < stop; begin += 512 * STEPS) {
-        uint32_t least[STEPS], above[STEPS], scan[STEPS];
+// STEPS steps of a warp, 16 entries a lane in each: those at least at the border and those above it, by bit; how many lanes before
+// this one have, and all, those above in the low half and those at it in the high half.
+template <int STEPS>
+struct Found {
+    uint32_t least[STEPS], above[STEPS], before[STEPS], all[STEPS];
+
+    __device__ __forceinline__ void find(const uint8_t* scores, uint32_t raise, int begin, int stop) {
+        int lane = threadIdx.x & 31;
+        // Several steps at once, because each is a chain of a dozen dependent instructions.
+        uint32_t scan[STEPS];
 #pragma unroll
         for (int u = 0; u < STEPS; u++) {
             int i = begin + u * 512 + lane * 16;
             uint4 x = i < stop ? *reinterpret_cast<const uint4*>(scores + i) : make_uint4(0, 0, 0, 0);
-            least[u] = at_least(x, raise), above[u] = at_least(x, raise_above);
-            scan[u] = __popc(above[u]) + (__popc(least[u] ^ above[u]) << 16);
+            least[u] = at_least(x, raise), above[u] = at_least(x, raise - 0x01010101u);
+            before[u] = scan[u] = __popc(above[u]) + (__popc(least[u] ^ above[u]) << 16);
         }
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
@@ -139,22 +139,82 @@ __device__ __forceinline__ void compact(Shared& s, const Border& b, int first, i
             }
         }
 #pragma unroll
+        for (int u = 0; u < STEPS; u++) all[u] = __shfl_sync(~0u, scan[u], 31), before[u] = scan[u] - before[u];
+    }
+
+    // `above_before` and `equal_before`: how many come before the first step.
+    template <typename Emit>
+    __device__ __forceinline__ void hand(const Border& b, int above_before, int equal_before, int first, Emit emit) const {
+#pragma unroll
         for (int u = 0; u < STEPS; u++) {
-            uint32_t all = __shfl_sync(~0u, scan[u], 31), equal = least[u] ^ above[u];
-            uint32_t before = scan[u] - __popc(above[u]) - (__popc(equal) << 16);
-            int ties = equal_before + int(before >> 16), i = begin + u * 512 + lane * 16;
+            uint32_t equal = least[u] ^ above[u];
+            int ties = equal_before + int(before[u] >> 16), i = u * 512 + (threadIdx.x & 31) * 16;
             for (int left_out = b.skip - ties; left_out > 0 && equal; left_out--) equal &= equal - 1;
-            int rank = above_before + int(before & 0xffff) + max(0, ties - b.skip);
+            int rank = above_before + int(before[u] & 0xffff) + max(0, ties - b.skip);
             for (uint32_t chosen = above[u] | equal; chosen; chosen &= chosen - 1) emit(rank++, first + i + __ffs(chosen) - 1);
-            above_before += all & 0xffff, equal_before += all >> 16;
+            above_before += all[u] & 0xffff, equal_before += all[u] >> 16;
         }
+    }
+};
+
+// How many entries from `start` to `stop` are above the border, and at it in the high half.
+__device__ __forceinline__ uint32_t count_found(const uint8_t* scores, uint32_t raise, int start, int stop) {
+    uint32_t least = 0, above = 0;
+    for (int i = start + (threadIdx.x & 31) * 16; i < stop; i += 512) {
+        uint4 x = *reinterpret_cast<const uint4*>(scores + i);
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            least = __dp4a(reach((&x.x)[w], raise), 0x01010101u, least);
+            above = __dp4a(reach((&x.x)[w], raise - 0x01010101u), 0x01010101u, above);
+        }
+    }
+    return __reduce_add_sync(~0u, above >> 7 | (least - above) >> 7 << 16);
+}
+
+// Tokens of the warps before this one, given its own: those above the border and those at it in the high half.
+__device__ __forceinline__ uint32_t sum_before(Shared& s, uint32_t own) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (lane == 0) s.warps[warp] = own;
+    __syncthreads();
+    return __reduce_add_sync(~0u, lane < warp ? s.warps[lane] : 0);
+}
+
+// Hand every taken token of this block to `emit` with its rank among the row's heavy tokens: a warp's entries, which are STEPS steps
+// at most, are found once.
+template <int STEPS, typename Emit>
+__device__ __forceinline__ void compact_once(Shared& s, const Border& b, int first, int segment, Emit emit) {
+    int each = (segment + 512 * WARPS - 1) / (512 * WARPS) * 512, start = int(threadIdx.x >> 5) * each;
+    uint32_t own = 0;
+    Found<STEPS> found;
+    found.find(s.scores(), (128 - b.entry) * 0x01010101u, start, min(segment, start + each));
+#pragma unroll
+    for (int u = 0; u < STEPS; u++) own += found.all[u];
+    uint32_t before = sum_before(s, own);
+    found.hand(b, b.above + (before & 0xffff), b.equal + (before >> 16), first + start, emit);
+}
+
+// The same for any length: counted first, then found.
+template <int STEPS, typename Emit>
+__device__ __forceinline__ void compact(Shared& s, const Border& b, int first, int segment, Emit emit) {
+    int each = (segment + 512 * WARPS - 1) / (512 * WARPS) * 512, start = int(threadIdx.x >> 5) * each, stop = min(segment, start + each);
+    uint32_t raise = (128 - b.entry) * 0x01010101u, before = sum_before(s, count_found(s.scores(), raise, start, stop));
+    int above = b.above + (before & 0xffff), equal = b.equal + (before >> 16);
+#pragma unroll 1
+    for (int begin = start; begin < stop; begin += 512 * STEPS) {
+        Found<STEPS> found;
+        found.find(s.scores(), raise, begin, stop);
+        found.hand(b, above, equal, first + begin, emit);
+#pragma unroll
+        for (int u = 0; u < STEPS; u++) above += found.all[u] & 0xffff, equal += found.all[u] >> 16;
     }
 }
 
-// Where a warp has one step's tokens at most, several steps would be code that does nothing.
+// At batch 1 every instruction is read from memory and run once or twice: there few steps are found at once, which are fewer of them.
+// Where blocks share a multiprocessor, rows are long, and no code stands beside theirs.
 template <typename Emit>
 __device__ __forceinline__ void compact_row(Shared& s, const Border& b, int first, int segment, Emit emit) {
-    if (segment <= 512 * WARPS) compact<1>(s, b, first, segment, emit);
-    else if (WIDE && segment <= 1024 * WARPS) compact<2>(s, b, first, segment, emit);
-    else compact<4>(s, b, first, segment, emit);
+    constexpr int MOST = MODE != 3 ? 4 : THREADS > 256 ? 3 : 1;
+    if (MODE != 3 && segment <= 512 * WARPS) compact_once<1>(s, b, first, segment, emit);
+    else if (RESIDENT == 1 && segment <= 512 * WARPS * MOST) compact_once<MOST>(s, b, first, segment, emit);
+    else compact<MOST>(s, b, first, segment, emit);
 }

@@ -6,34 +6,37 @@
 #include "select.cuh"
 
 #if MODE == 3
-// The code of this row to s.planes in every block. `early` runs while the weights are on their way.
-template <typename Early>
-__device__ __forceinline__ void encode_query(cg::cluster_group& cluster, const Arguments& a, Shared& s, int request, int head, Early early) {
+typedef Encoder<ROWS * HEAD_DIM, COLUMNS> QueryEncoder;
+
+// The code of this row to s.planes in every block. `ask_keys` and `ask_more` run on the way.
+template <typename AskKeys, typename AskMore>
+__device__ __forceinline__ void encode_query(QueryEncoder& query, const Inbox& inbox, Shared& s, int rank, AskKeys ask_keys, AskMore ask_more) {
     Workspace work(s.scratch());
-    Encoder<ROWS * HEAD_DIM, COLUMNS> query;
-    query.load(a.query, request * a.q0 + int64_t(head) * ROWS * HEAD_DIM, head, cluster.block_rank());
-    early();
+    // Long rows ask first, short ones where most warps wait.
+    if (THREADS > 256) ask_keys();
     MARK(1);
     query.first_sums(work);
     __syncthreads();
     query.finish_first(work);
+    if (THREADS <= 256) ask_keys();
     __syncthreads();
-    // From here on blocks write to each other.
-    cluster.barrier_wait();
+    // From here on blocks send to each other.
+    await_first();
     MARK(2);
     if constexpr (HIDDEN1 > 0) {
         query.second_sums(work);
         __syncthreads();
-        query.share_second(cluster, work);
-        cluster.sync();
+        query.share_second(inbox, work, rank);
+        inbox.await(SECOND);
         query.finish_second(work);
         __syncthreads();
     }
     MARK(3);
     query.last_sums(work);
     __syncthreads();
-    query.share_last(cluster, work);
-    cluster.sync();
+    query.share_last(inbox, work, rank);
+    ask_more();
+    inbox.await(LOGITS);
     MARK(4);
     query.finish_last(work);
     __syncthreads();
@@ -43,19 +46,23 @@ __device__ __forceinline__ void encode_query(cg::cluster_group& cluster, const A
 }
 #endif
 
-__device__ __forceinline__ Border select_row(cg::cluster_group& cluster, const Arguments& a, Shared& s, const Row& row, const Row& older, int first, int segment, int request, int head, Keys& key) {
-    int rank = cluster.block_rank();
+__device__ __forceinline__ Border select_row(const Inbox& inbox, const Arguments& a, Shared& s, int rank, const Row& row, const Row& older, int first, int segment, int request, int head) {
+    Keys key;
     // Entries tell 126 scores above the base apart: the best, or those from the middle up where there are many. The border may lie
     // below them or among the ones that are all 127: then the base moves there.
     int largest = largest_score(s.planes), base = max(-1, min(largest - 127, largest / 2));
     bool newest = older.local_begin < row.local_begin && row.stop - 1 >= first && row.stop - 1 < first + segment;
 #if MODE == 3
-    if (newest) write_signature(a, s, request, head, true);
+    if (newest) write_signature(a, s.scratch(), s.newest(), request, head);
 #endif
-    for (bool again = false;; again = true) {
-        for (int i = threadIdx.x; i < BINS; i += THREADS) s.counts[i] = 0;
-        __syncthreads();
-        score(a, s, older, first, segment, request, head, base, key, !again);
+    for (int round = 0;; round++) {
+        if (round) {
+            // Warps may still be at the counts of the round before.
+            __syncthreads();
+            if (threadIdx.x < BINS) s.counts[threadIdx.x] = 0;
+            __syncthreads();
+        }
+        score(a, s, older, first, segment, request, head, base, key, false);
         __syncthreads();
 #if MODE == 3
         if (newest) {
@@ -64,83 +71,107 @@ __device__ __forceinline__ Border select_row(cg::cluster_group& cluster, const A
         }
 #endif
         MARK(7);
-        if (again) cluster.sync();
-        else if (MODE != 3) cluster.barrier_wait();
-        share_counts(cluster, s);
-        cluster.sync();
+        if (MODE != 3 && !round) await_first();
+        // Nobody sends while another still reads what came before.
+        if (round) cg::this_cluster().sync();
+        if (threadIdx.x == 0) inbox.expect(COUNTS, BLOCKS * BINS * 2);
+        share_counts(inbox, s, rank);
+        inbox.await(COUNTS, round);
         MARK(8);
-        Border border = find_border(s, rank, row.heavy, base < 0, segment > 0xffff);
+        Border border = find_border(s, rank, row.heavy, segment, base < 0);
         bool too_low = border.entry == BINS - 1 && base + BINS - 1 < largest;
         if (border.entry && !too_low) return border;
         base = too_low ? base + 126 : max(-1, base - 126);
     }
 }
 
+// How many of a row's first `count` tokens are this block's.
+__device__ __forceinline__ int own_of(int count, int rank) { return (count + BLOCKS - 1 - rank) / BLOCKS; }
+
 __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(16) char memory[];
-    cg::cluster_group cluster = cg::this_cluster();
+    MARK(0);
     Shared s(memory, a);
-    int rank = cluster.block_rank();
-    int head = blockIdx.y, request = blockIdx.z;
+    Inbox inbox(s);
+    int rank = blockIdx.x, head = blockIdx.y, request = blockIdx.z;
 #if MODE == 3
     // The clusters after those of the rows sign the newest keys, a head a block.
-    if (head >= a.query.heads) {
+    if (__builtin_expect(head >= a.query.heads, 0)) {
         head = (head - a.query.heads) * BLOCKS + rank;
-        if (head < a.query.heads) write_signature(a, s, request, head, false);
+        if (head < a.query.heads) write_signature(a, s.scratch(), nullptr, request, head);
+        MARK(16);
         return;
     }
 #endif
     int64_t row_id = int64_t(request) * (MODE == 3 ? a.query.heads : gridDim.y) + head;
-    int per, length;
-    MARK(0);
-    // Waited for before the first write to another block's memory: by then every block has started.
-    cluster.barrier_arrive();
+    // Before anything else: all that follows waits for these.
+    Bounds bounds;
+    if (MODE != 2) bounds.ask(a, request, row_id);
+#if MODE == 3
+    QueryEncoder query;
+    query.load(a.query, request * a.query.x0 + int64_t(head) * a.query.x1, head, rank);
+#endif
+    int length;
+    Place at;
+    if (threadIdx.x == 0) {
+        inbox.open(HELD && !PAGED ? MESSAGES : int(KEYS));
+        if (HIDDEN1 > 0) inbox.expect(SECOND, HIDDEN1 * 4);
+        if (MODE == 3) inbox.expect(LOGITS, BLOCKS * COLUMNS * 4);
+        if (MODE != 1) inbox.expect(PARTS, (ROWS * HEAD_DIM + BLOCKS * ROWS * 2) * 4);
+    }
+    __syncwarp();
+    // Waited for before the first message: by then every block runs.
+    arrive_first();
+    static_assert(THREADS >= BINS, "a bin a thread");
+    if (threadIdx.x < BINS) s.counts[threadIdx.x] = 0;
     if (MODE == 2) {
+        if (!REREAD) at.prepare(a, request, head);
         int count = min(a.counts[row_id], a.capacity);
-        per = (count + BLOCKS - 1) / BLOCKS;
-        length = max(0, min(per, count - rank * per));
-        for (int i = threadIdx.x; i < length; i += THREADS) s.list[i] = a.indices[row_id * a.capacity + rank * per + i];
-        cluster.barrier_wait();
+        length = own_of(count, rank);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < length; i += THREADS) s.list[i] = a.indices[row_id * a.capacity + i * BLOCKS + rank];
+        await_first();
     } else {
-        Row row = read_row(a, request, row_id);
+        if (MODE == 1 && threadIdx.x < 32) read_code(a.planes, row_id, s.planes);
+        Row row = bounds.row(a);
         int low = row.sink_stop & ~7, candidates = max(0, row.local_begin - low);
         int segment = (candidates + BLOCKS * CHUNK - 1) / (BLOCKS * CHUNK) * CHUNK, first = low + rank * segment;
         bool selects = row.heavy > 0 && candidates > 0;
         // The newest token's signature, where it is a candidate, is made by this very launch: no load may look for it.
         Row older = row;
         if (MODE == 3 && a.key.x != nullptr && row.local_begin == row.stop && row.stop > row.sink_stop) older.local_begin--;
-        Keys key;
-        auto early = [&] {
-            if (selects) {
-                prefetch(a, row, first, segment, request, head);
-                if (AHEAD) load_keys(a, older, first, segment, request, head, threadIdx.x >> 5, key);
-            }
+        auto ask = [&] {
+            if (selects && HELD) ask_keys(a, s, older, first, segment, request, head);
+            if (selects && !HELD) prefetch(a, row, first, segment, request, head);
+        };
+        auto ask_more = [&] {
 #if REMAINDER
             if (ASK_FIRST) ask_remainder(a, s, request, head);
 #endif
         };
 #if MODE == 3
-        encode_query(cluster, a, s, request, head, early);
+        encode_query(query, inbox, s, rank, ask, ask_more);
+#else
+        // The launch before may still be signing the newest token.
+        bool unsigned_yet = MODE == 0 && HELD && row.local_begin == row.stop;
+        if (!unsigned_yet) ask();
+        ask_more();
+        // The code comes from a launch that may still run.
+        if (MODE == 0) cudaGridDependencySynchronize();
+        if (unsigned_yet) ask();
+        if (MODE == 0 && threadIdx.x < MIXED * CODE) s.planes[threadIdx.x] = __ldcg(a.planes + row_id * MIXED * CODE + threadIdx.x);
+        __syncthreads();
 #endif
-        if constexpr (MODE != 3) {
-            early();
-            // The code comes from a launch that may still run.
-            if (MODE == 0) cudaGridDependencySynchronize();
-            if (MODE == 1 && threadIdx.x < 32) read_code(a.planes, row_id, s.planes);
-            if (MODE == 0 && threadIdx.x < MIXED * CODE) s.planes[threadIdx.x] = __ldcg(a.planes + row_id * MIXED * CODE + threadIdx.x);
-            __syncthreads();
-        }
         MARK(6);
         Border border = {BINS, 0, 0, 0, 0};
-        if (selects) border = select_row(cluster, a, s, row, older, first, segment, request, head, key);
-        else if (MODE != 3) cluster.barrier_wait();
+        if (selects) border = select_row(inbox, a, s, rank, row, older, first, segment, request, head);
+        else if (MODE != 3) await_first();
         MARK(9);
 #if REMAINDER
         if (!ASK_FIRST) ask_remainder(a, s, request, head);
 #endif
         int sink = row.sink_stop - row.begin, local = row.stop - row.local_begin, count = sink + border.heavy + local;
-        per = (count + BLOCKS - 1) / BLOCKS;
-        length = max(0, min(per, count - rank * per));
+        length = own_of(count, rank);
         if (MODE == 1) {
             int* indices = a.indices + row_id * a.capacity;
             if (selects) compact_row(s, border, first, segment, [&](int heavy, int token) { indices[sink + heavy] = token; });
@@ -152,33 +183,33 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
             if (rank == 0 && threadIdx.x == 0) a.counts[row_id] = count;
             return;
         }
-        float inverse = 1.0f / max(per, 1);
+        if (!REREAD) at.prepare(a, request, head);
+        // The row's tokens go round the blocks, the sink's first.
+        if (threadIdx.x == 0) inbox.expect(LIST, 4 * (own_of(sink + border.heavy, rank) - own_of(sink, rank)));
         if (selects) compact_row(s, border, first, segment, [&](int heavy, int token) {
-            // A float's quotient may be one off; a division would take ten times as long.
-            int at = sink + heavy, block = int(at * inverse);
-            block += (block + 1) * per <= at;
-            block -= block * per > at;
-            cluster.map_shared_rank(s.list, block)[at - block * per] = token;
+            int nth = sink + heavy;
+            inbox.send(LIST, nth % BLOCKS, s.list + nth / BLOCKS, token);
         });
+#pragma unroll 1
         for (int i = threadIdx.x; i < length; i += THREADS) {
-            int at = rank * per + i;
-            if (at < sink) s.list[i] = row.begin + at;
-            else if (at >= sink + border.heavy) s.list[i] = row.local_begin + at - sink - border.heavy;
+            int nth = i * BLOCKS + rank;
+            if (nth < sink) s.list[i] = row.begin + nth;
+            else if (nth >= sink + border.heavy) s.list[i] = row.local_begin + nth - sink - border.heavy;
         }
         MARK(10);
 #if REMAINDER
         await_remainder();
         __syncthreads();
-        cluster.barrier_arrive();
         estimate_own(a, s, rank, count);
-        cluster.barrier_wait();
 #else
-        cluster.sync();
+        __syncthreads();
 #endif
+        inbox.await(LIST);
     }
     if (PAGED) {
         if (MODE == 2) __syncthreads();
         const int* table = a.table + int64_t(request) * a.table_width;
+#pragma unroll 1
         for (int i = threadIdx.x; i < length; i += THREADS) {
             int token = s.list[i];
             s.list[i] = table[token >> a.page_shift] << a.page_shift | (token & ((1 << a.page_shift) - 1));
@@ -186,7 +217,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
     }
     if (PAGED || MODE == 2) __syncthreads();
     MARK(11);
-    attend(cluster, a, s, length, request, head, row_id);
+    if (REREAD) at.prepare(a, request, head);
+    attend(inbox, a, s, at, rank, length, row_id);
 }
 
 // Lets the kernel have clusters of 16 and this much shared memory; never takes back what was allowed before.

@@ -63,6 +63,7 @@ class Step(ctypes.Structure):
                 "ratio",
                 "list_capacity",
                 "prefetch",
+                "held",
             )
         ),
         ("scale", FLOAT),
@@ -114,7 +115,8 @@ FULL = 128
 
 class Shape(NamedTuple):
     """How rows are launched: threads of a block, blocks of a row, blocks that share a multiprocessor (the registers a
-    thread may take follow from it), slots of a block's list, shared bytes of a block, and whether by wide.cu.
+    thread may take follow from it), slots of a block's list, shared bytes of a block, whether by wide.cu, and shared
+    bytes that hold signatures.
     """
 
     threads: int
@@ -123,6 +125,7 @@ class Shape(NamedTuple):
     slots: int
     shared: int
     wide: bool = False
+    held: int = 0
 
 
 #: (threads, blocks a row), from few rows to many.
@@ -130,23 +133,27 @@ SHAPES = ((256, 16), (256, 8), (256, 4), (256, 2), (256, 1))
 #: Blocks a row -> rows whose clusters find a multiprocessor for every block: a cluster lies in one of eight groups of
 #: 16 or 18 multiprocessors, less those that are switched off.
 ALONE = {16: 7, 8: 14, 4: 30, 2: 64, 1: 132}
-#: Slots of a cache from which on 384 threads are faster than 256 that load signatures before they know the code: on one
-#: H100, 8 KV heads, 64 bits, 27.5 us against 30.0 at 128K, and 19.2 against 18.5 at 32K.
-MORE_THREADS_SLOTS = 1 << 16
+#: Slots of a cache from which on 384 threads are faster than 256: on one H100, 8 KV heads, 64 bits, 21.2 us against
+#: 21.7 at 128K, and 16.5 against 16.1 at 64K.
+MORE_THREADS_SLOTS = 1 << 17
 #: Slots from which on wide.cu is faster than clusters: there, launched plain, 90.5 us against 105.9 at 1M, 28.7 against
 #: 27.5 at 128K.
 WIDE_SLOTS = 1 << 19
 #: Blocks of a row in wide.cu, all of them running at once on multiprocessors of their own, and their threads.
 WIDE_BLOCKS, WIDE_THREADS = 16, 384
+#: Tokens of a block that only selects: 32 rows of 128K take 109 us, of twice as many tokens 119.
+SELECTED_TOKENS = 1 << 15
 #: Multiprocessors, shared memory of one, and what each block takes of it beside its own.
 PROCESSORS, SHARED_BYTES, BLOCK_BYTES = 132, 228 * 1024, 1024
+#: Shared bytes of the barriers of messages.
+INBOX_BYTES = 112
 #: Signatures asked for ahead: more would push each other out of the second-level cache.
 PREFETCH_BYTES = 20 << 20
 
 
 def residents(mode: int, threads: int, blocks: int, rows: int) -> int:
     """Blocks that share a multiprocessor; selection alone takes fewer registers."""
-    if threads > 256 or (mode != 1 and rows <= ALONE[blocks]):
+    if threads > 256 or rows <= ALONE[blocks]:
         return 1
     return 3 if mode == 1 else 2
 
@@ -163,9 +170,11 @@ def fit(
     wide: bool = False,
     mixture: int = 1,
     known: int = 0,
+    signature: int = 0,
 ) -> Shape | None:
     """The shape for `rows` rows of `tokens` tokens of which `capacity` are taken, `outputs` numbers a row, `workspace`
-    floats for the encoding, queries of `mixture` codes and `known` bytes for a remainder; None if a block's shared
+    floats for the encoding, queries of `mixture` codes, `known` bytes for a remainder and signatures of so many bytes
+    each that the shared memory of a block alone on its multiprocessor holds if it can; None if a block's shared
     memory is too small. `Shared` of common.cuh.
     """
     segment = math.ceil(tokens / (blocks * 128)) * 128
@@ -174,10 +183,16 @@ def fit(
     slots = math.ceil(math.ceil(capacity / blocks) / turn) * turn
     parts = 0 if mode == 1 else threads // 32 * (outputs + 16) * 4
     rest = max(segment, parts, workspace * 4)
-    shared = blocks * (128 * 2 + 64) + 128 * 4 + 128 + 128 * mixture + outputs * 4 + slots * 4 + known + rest
     resident = residents(mode, threads, blocks, rows)
+    shared = (
+        INBOX_BYTES + blocks * (128 * 2 + 64) + 128 * 4 + 128 + 128 * mixture + outputs * 4 + slots * 4 + known + rest
+    )
+    held = segment * signature
+    if resident > 1 or shared + held + BLOCK_BYTES > SHARED_BYTES:
+        held = 0
+    shared += held
     fits = (shared + BLOCK_BYTES) * resident <= SHARED_BYTES and segment <= 1 << 16
-    return Shape(threads, blocks, resident, slots, shared, wide) if fits else None
+    return Shape(threads, blocks, resident, slots, shared, wide, held) if fits else None
 
 
 def remainder_bytes(group: int, head_dim: int) -> int:
@@ -186,13 +201,29 @@ def remainder_bytes(group: int, head_dim: int) -> int:
 
 
 def choose(
-    mode: int, rows: int, tokens: int, capacity: int, outputs: int, mixture: int = 1, known: int = 0
+    mode: int,
+    rows: int,
+    tokens: int,
+    capacity: int,
+    outputs: int,
+    mixture: int = 1,
+    known: int = 0,
+    signature: int = 0,
 ) -> Shape | None:
-    """The fewest blocks a row that fill the chip; None if a row is too long for any."""
-    fits = (fit(mode, *pair, rows, tokens, capacity, outputs, mixture=mixture, known=known) for pair in SHAPES)
-    shapes = [shape for shape in fits if shape]
-    filling = [s for s in shapes if rows * s.blocks >= FULL]
-    return filling[-1] if filling else shapes[0] if shapes else None
+    """The fewest blocks a row that fill the chip; None if a row is too long for any.
+
+    Selection alone is faster with shorter segments, and with half the chip where its blocks are alone there (8 rows of
+    128K: 11.7 us after 12.6).
+    """
+    size = functools.partial(fit, mode, mixture=mixture, known=known, signature=signature)
+    shapes = [shape for pair in SHAPES if (shape := size(*pair, rows, tokens, capacity, outputs))]
+    if mode == 1:
+        shapes = [s for s in shapes if tokens <= s.blocks * SELECTED_TOKENS] or shapes
+    filling = [s for s in shapes if rows * s.blocks >= FULL] or shapes[:1]
+    alone = [s for s in shapes if s.resident == 1 and rows * s.blocks >= FULL // 2]
+    if mode == 1 and alone and filling[-1].resident > 1:
+        return alone[-1]
+    return filling[-1] if filling else None
 
 
 def starts_early(shape: Shape, rows: int, tokens: int, bits: int) -> bool:
@@ -219,6 +250,7 @@ def choose_fused(
     processors: int = PROCESSORS,
     mixture: int = 1,
     known: int = 0,
+    paged: bool = False,
 ) -> Shape | None:
     """The shape in which the step encodes by itself, whatever the number of rows; None if they are too long."""
     alone = batch * heads * WIDE_BLOCKS <= processors
@@ -231,7 +263,15 @@ def choose_fused(
     threads, blocks = 512 if max(hidden) > 256 else few, 8
     workspace = _workspace(hidden, bits, threads, blocks, head_dim, mixture)
     clusters = batch * (heads + math.ceil(heads / blocks))
-    return fit(3, threads, blocks, clusters, tokens, capacity, outputs, workspace, mixture=mixture, known=known)
+    sizes, signature = (tokens, capacity, outputs, workspace), held_signature(tokens, bits, paged)
+    return fit(3, threads, blocks, clusters, *sizes, mixture=mixture, known=known, signature=signature)
+
+
+def held_signature(tokens: int, bits: int, paged: bool) -> int:
+    """Bytes of a signature that shared memory may hold: from pages they come 16 bytes at a time, too many instructions
+    where there are many.
+    """
+    return 0 if paged and tokens >= MORE_THREADS_SLOTS else bits // 8
 
 
 @functools.cache
@@ -249,7 +289,7 @@ def encode_blocks(query_in: int, key_in: int, hidden: list[int], bits: int, mixt
         return None
     for blocks in (4, 8):
         weights = (widest * first + first * second + hidden[-1] * columns) // blocks * 2
-        held = weights + 64 * max(widest, 2 * second) + 128 * first + 32 // blocks * columns * 4
+        held = weights + 64 * max(widest, 2 * second) + 128 * first + 32 // blocks * columns * 4 + INBOX_BYTES
         if held <= SHARED_BYTES - BLOCK_BYTES and bits % (8 * blocks) == 0:
             return blocks
     return None
@@ -335,7 +375,8 @@ def launch(
         chosen: Shape | None = shape
     else:
         size = functools.partial(fit, mode, *shape) if shape else functools.partial(choose, mode)
-        chosen = size(rows, held, taken, outputs, mixture=mixture, known=known)
+        signature = 0 if mode == 2 else held_signature(tokens, bits, table is not None)
+        chosen = size(rows, held, taken, outputs, mixture=mixture, known=known, signature=signature)
     if chosen is None:
         raise BackendError(f"{tokens} tokens a row do not fit the shared memory of a cluster. Use backend='triton'.")
     widths = hidden if mode == 3 else (0, 0)
@@ -354,6 +395,7 @@ def launch(
         arguments.m0, arguments.m1 = sums.stride()[:2]
     arguments.table_width = 0 if table is None else table.shape[1]
     arguments.tokens, arguments.capacity = tokens, capacity
+    arguments.held = chosen.held
     arguments.list_capacity, arguments.scale, arguments.softcap = chosen.slots, scale, softcap
     running = min(rows * chosen.blocks, PROCESSORS * chosen.resident)
     arguments.prefetch = PREFETCH_BYTES // (running * bits // 8) // 128 * 128
@@ -386,6 +428,7 @@ def load_step(
         WORDS=bits // 32, PLANES=planes_of(levels), LEVELS=levels, MIXED=mixture, PAGED=int(paged),
         HALF=int(q is not None and q.dtype == torch.float16), HIDDEN0=hidden[0], HIDDEN1=hidden[1],
         MODE=mode, THREADS=shape.threads, BLOCKS=shape.blocks, RESIDENT=shape.resident, REMAINDER=known,
+        HELD=int(shape.held > 0),
     )  # fmt: skip
 
 

@@ -136,10 +136,10 @@ __device__ __forceinline__ Border select_wide(const Arguments& a, Shared& s, con
         auto message = [&](int i) { return min(int(threadIdx.x) + i * THREADS, BLOCKS * 32 - 1); };
         await(body, tag + round, [&](int i) { return board.counts(round, 0, message(i)); });
 #pragma unroll
-        for (int i = 0; i < EACH; i++) store_counts(s.slices, message(i) / 32, message(i) % 32, make_uint2(uint32_t(body[i]), uint32_t(body[i] >> 32)));
+        for (int i = 0; i < EACH; i++) *place_counts(s, message(i) / 32, message(i) % 32) = make_uint2(uint32_t(body[i]), uint32_t(body[i] >> 32));
         __syncthreads();
         MARK(8);
-        Border border = find_border(s, rank, row.heavy, base < 0, segment > 0xffff);
+        Border border = find_border(s, rank, row.heavy, segment, base < 0);
         bool too_low = border.entry == BINS - 1 && base + BINS - 1 < largest;
         if (border.entry && !too_low) return border;
         base = too_low ? base + 126 : max(-1, base - 126);
@@ -159,7 +159,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(board.base + int64_t(rank) * share), "r"(share) : "memory");
     }
     for (int i = threadIdx.x; i < BINS; i += THREADS) s.counts[i] = 0;
-    Row row = read_row(a, request, row_id);
+    Bounds bounds;
+    bounds.ask(a, request, row_id);
+    Row row = bounds.row(a);
     int low = row.sink_stop & ~7, candidates = max(0, row.local_begin - low);
     int segment = (candidates + BLOCKS * CHUNK - 1) / (BLOCKS * CHUNK) * CHUNK, first = low + rank * segment;
     bool selects = row.heavy > 0 && candidates > 0;
@@ -185,7 +187,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
     if (rank == 0 && threadIdx.x == 0) *board.launches() = tag >> 6;
     int sink = row.sink_stop - row.begin, local = row.stop - row.local_begin, count = sink + border.heavy + local;
     int per = (count + BLOCKS - 1) / BLOCKS, length = max(0, min(per, count - rank * per));
-    auto place = [&](int token) {
+    auto slot_of = [&](int token) {
         if (!PAGED) return token;
         return a.table[int64_t(request) * a.table_width + (token >> a.page_shift)] << a.page_shift | (token & ((1 << a.page_shift) - 1));
     };
@@ -194,16 +196,18 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
     int fixed = (sink + local + BLOCKS - 1) / BLOCKS, own_fixed = max(0, min(fixed, sink + local - rank * fixed));
     bool stay = (border.most + fixed + TURN - 1) / TURN <= (per + TURN - 1) / TURN;
     if (stay) length = own_fixed + border.own;
+    Place at;
+    at.prepare(a, request, head);
     int shift = own_fixed - border.above - max(0, border.equal - border.skip);
     if (selects) compact_row(s, border, first, segment, [&](int heavy, int token) {
-        if (stay) s.list[heavy + shift] = place(token);
+        if (stay) s.list[heavy + shift] = slot_of(token);
         else post_token(board, sink + heavy, token, tag >> 6);
     });
     MARK(10);
     if (stay) {
         for (int i = threadIdx.x; i < own_fixed; i += THREADS) {
-            int at = rank * fixed + i;
-            s.list[i] = place(at < sink ? row.begin + at : row.local_begin + at - sink);
+            int nth = rank * fixed + i;
+            s.list[i] = slot_of(nth < sink ? row.begin + nth : row.local_begin + nth - sink);
         }
     } else {
         constexpr int TOGETHER = 2;
@@ -219,7 +223,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
                 if (begin + i * THREADS >= length) continue;
                 if (at < sink) token[i] = row.begin + at;
                 else if (at >= sink + border.heavy) token[i] = row.local_begin + at - sink - border.heavy;
-                s.list[begin + i * THREADS] = place(token[i]);
+                s.list[begin + i * THREADS] = slot_of(token[i]);
             }
         }
     }
@@ -228,7 +232,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
 #endif
     __syncthreads();
     MARK(11);
-    attend_own(a, s, length, request, head, [&](int i, int r, float2 value, float high, float weight) {
+    attend_own(a, s, at, length, [&](int i, int r, float2 value, float high, float weight) {
         post(board.part(i / SHARE, rank, i % SHARE / 2), join(value.x, value.y), tag);
         if (i % HEAD_DIM == 0) post(board.stats(rank, r), join(high, weight), tag);
     });
@@ -251,9 +255,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
         if (message < ROWS * HEAD_DIM / 2) *reinterpret_cast<float2*>(s.parts + message * 2) = split(body[i]);
     }
     if (threadIdx.x < BLOCKS * ROWS) {
-        float* to = s.stats + threadIdx.x / ROWS * 16 + threadIdx.x % ROWS;
-        float2 both = split(body[EACH]);
-        to[0] = both.x, to[8] = both.y;
+        *reinterpret_cast<float2*>(s.stats + threadIdx.x / ROWS * 16 + threadIdx.x % ROWS * 2) = split(body[EACH]);
     }
     __syncthreads();
     merge_blocks(a, s, rank, row_id);
