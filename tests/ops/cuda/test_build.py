@@ -5,7 +5,7 @@ import torch
 
 from hashattention.errors import BackendError
 from hashattention.ops import cuda
-from hashattention.ops.cuda import build, step
+from hashattention.ops.cuda import build, layout
 
 
 def test_a_cpu_tensor_is_refused_with_its_device():
@@ -25,9 +25,9 @@ def test_without_a_compiler_the_error_says_what_to_do(monkeypatch, tmp_path):
 )
 def test_a_step_starts_early_where_that_was_measured_faster(batch, tokens, early):
     """Eight KV heads of 64 bits, 1/32: not where blocks leave the chip partly free, nor where they wait for memory."""
-    shape = step.choose(0, 8 * batch, tokens, tokens // 32, 512)
+    shape = layout.choose(0, 8 * batch, tokens, tokens // 32, 512)
     assert shape is not None
-    assert step.starts_early(shape, 8 * batch, tokens, 64) is early
+    assert layout.starts_early(shape, 8 * batch, tokens, 64) is early
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_step_starts_early_where_that_was_measured_faster(batch, tokens, early
     ],
 )
 def test_a_step_of_few_rows_has_the_shape_of_its_length(tokens, hidden, threads, wide):
-    shape = step.choose_fused(8, 1, tokens, tokens // 32, 512, hidden, 64, 128)
+    shape = layout.choose_fused(8, 1, tokens, tokens // 32, 512, hidden, 64, 128)
     assert shape is not None
     assert (shape.threads, shape.wide) == (threads, wide)
 
@@ -61,10 +61,10 @@ def test_a_step_of_few_rows_has_the_shape_of_its_length(tokens, hidden, threads,
     ],
 )
 def test_signatures_wait_in_shared_memory_where_a_block_is_alone_and_they_fit(tokens, bits, paged, held):
-    shape = step.choose_fused(8, 1, tokens, tokens // 32, 512, (256, 0), bits, 128, paged=paged)
+    shape = layout.choose_fused(8, 1, tokens, tokens // 32, 512, (256, 0), bits, 128, paged=paged)
     assert shape is not None
     assert shape.held == held
-    assert shape.shared + step.BLOCK_BYTES <= step.SHARED_BYTES
+    assert shape.shared + layout.BLOCK_BYTES <= layout.SHARED_BYTES
 
 
 @pytest.mark.parametrize(
@@ -72,19 +72,19 @@ def test_signatures_wait_in_shared_memory_where_a_block_is_alone_and_they_fit(to
     [(2, 1 << 17, 16, 1), (8, 1 << 17, 8, 1), (64, 1 << 15, 2, 1), (64, 1 << 17, 4, 3), (256, 1 << 17, 4, 3)],
 )
 def test_selection_alone_has_short_segments_or_a_multiprocessor_a_block(rows, tokens, blocks, resident):
-    shape = step.choose(1, rows, tokens, 4, 64, signature=8)
+    shape = layout.choose(1, rows, tokens, 4, 64, signature=8)
     assert shape is not None
     assert (shape.blocks, shape.resident) == (blocks, resident)
 
 
 def test_blocks_that_share_a_multiprocessor_hold_no_signatures():
-    shapes = [step.choose(0, 8 * batch, 1 << 15, 1 << 10, 512, signature=8) for batch in (8, 32)]
+    shapes = [layout.choose(0, 8 * batch, 1 << 15, 1 << 10, 512, signature=8) for batch in (8, 32)]
     assert [(s.resident, s.held) for s in shapes if s] == [(1, 1 << 17), (2, 0)]
 
 
 def test_blocks_that_wait_for_each_other_need_a_multiprocessor_each():
     def is_wide(batch, processors):
-        shape = step.choose_fused(8, batch, 1 << 19, 1 << 14, 512, (256, 0), 64, 128, processors)
+        shape = layout.choose_fused(8, batch, 1 << 19, 1 << 14, 512, (256, 0), 64, 128, processors)
         return shape is not None and shape.wide
 
     assert is_wide(1, 128)
@@ -102,7 +102,7 @@ def test_all_kernels_compile_for_sm_90(monkeypatch, tmp_path):
     build.load("encode", QUERY_IN=512, KEY_IN=128, HEAD_DIM=64, ROWS=1, MODE=0, TILE=16, **shape, **sizes)
     step_library = build.load("step", HEAD_DIM=128, ROWS=4, MODE=3, **shape, **sizes)
     build.load("step", HEAD_DIM=128, ROWS=4, MODE=3, HELD=1, **shape, **(sizes | {"RESIDENT": 1}))
-    shape |= {"HIDDEN1": 0, "THREADS": step.WIDE_THREADS, "BLOCKS": step.WIDE_BLOCKS, "RESIDENT": 1}
+    shape |= {"HIDDEN1": 0, "THREADS": layout.WIDE_THREADS, "BLOCKS": layout.WIDE_BLOCKS, "RESIDENT": 1}
     wide_library = build.load("wide", HEAD_DIM=128, ROWS=4, MODE=3, **shape)
     assert len(list(tmp_path.rglob("*.so"))) == 4
     assert step_library.run
@@ -117,7 +117,7 @@ def test_a_remainder_has_the_memory_it_takes(head_dim, group, monkeypatch, tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape = {"HIDDEN0": 0, "HIDDEN1": 0, "WORDS": 2, "LEVELS": 7, "PLANES": 3, "MIXED": 1, "HALF": 0, "PAGED": 0}
     shape |= {"HEAD_DIM": head_dim, "ROWS": group, "MODE": 0, "THREADS": 256, "BLOCKS": 8, "RESIDENT": 1}
-    known = step.remainder_bytes(group, head_dim)
+    known = layout.remainder_bytes(group, head_dim)
     assert build.load("step", **shape, REMAINDER=known).run
     with pytest.raises(BackendError, match="remainder_bytes"):
         build.load("step", **shape, REMAINDER=known - 16)
@@ -125,10 +125,10 @@ def test_a_remainder_has_the_memory_it_takes(head_dim, group, monkeypatch, tmp_p
 
 def test_a_remainder_takes_shared_memory_of_its_own():
     sizes = 8, 1, 4096, 180, 512, (256, 0), 64, 128
-    plain, filled = (step.choose_fused(*sizes, known=known) for known in (0, step.remainder_bytes(4, 128)))
+    plain, filled = (layout.choose_fused(*sizes, known=known) for known in (0, layout.remainder_bytes(4, 128)))
     assert plain is not None
     assert filled == plain._replace(shared=plain.shared + 2176)
-    one, other = (step.choose(0, 256, 4096, 180, 512, known=known) for known in (0, 2176))
+    one, other = (layout.choose(0, 256, 4096, 180, 512, known=known) for known in (0, 2176))
     assert one is not None
     assert other == one._replace(shared=one.shared + 2176)
 

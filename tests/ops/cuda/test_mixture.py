@@ -10,7 +10,7 @@ from tests.ops.cuda.test_step import make as draw
 from hashattention import ops
 from hashattention.errors import BackendError
 from hashattention.ops import cuda, reference
-from hashattention.ops.cuda import step
+from hashattention.ops.cuda import layout
 
 SHAPES = [(64, 7, 2), (32, 7, 2), (128, 7, 2), (128, 15, 2), (64, 15, 2), (64, 7, 4), (32, 15, 4)]
 CODES = ["random", "equal", "one of zeros", "opposite", "one of many times the other's magnitudes"]
@@ -250,17 +250,17 @@ def test_refusals_say_how_many_codes_are_served(bits, mixture, reason):
 def test_a_mixture_takes_as_much_more_shared_memory_as_its_codes():
     """32 words a code beside the rest, and where the step encodes, logits of every block."""
     sizes = 0, 256, 4, 24, 4096, 512, 512
-    one, two = step.fit(*sizes), step.fit(*sizes, mixture=2)
+    one, two = layout.fit(*sizes), layout.fit(*sizes, mixture=2)
     assert one is not None
     assert two == one._replace(shared=one.shared + 128)
-    fused = [step.choose_fused(8, 1, 4096, 180, 512, (256, 0), 64, 128, mixture=m) for m in (1, 2, 4)]
+    fused = [layout.choose_fused(8, 1, 4096, 180, 512, (256, 0), 64, 128, mixture=m) for m in (1, 2, 4)]
     assert all(shape is not None for shape in fused)
     assert [shape.shared - fused[0].shared for shape in fused if shape] == [0, 2176, 6528]
 
 
 def test_long_rows_of_a_mixture_lie_in_clusters():
     sizes = 8, 1, 1 << 19, 1 << 14, 512, (256, 0), 64, 128
-    one, two = step.choose_fused(*sizes), step.choose_fused(*sizes, mixture=2)
+    one, two = layout.choose_fused(*sizes), layout.choose_fused(*sizes, mixture=2)
     assert one is not None
     assert one.wide
     assert two is not None
@@ -269,4 +269,4 @@ def test_long_rows_of_a_mixture_lie_in_clusters():
 
 @pytest.mark.parametrize(("bits", "mixture", "blocks"), [(64, 1, 4), (64, 2, 4), (64, 4, 4), (128, 2, 4), (32, 4, 4)])
 def test_encoding_finds_room_for_all_codes(bits, mixture, blocks):
-    assert step.encode_blocks(512, 128, [256, 256], bits, mixture) == blocks
+    assert layout.encode_blocks(512, 128, [256, 256], bits, mixture) == blocks

@@ -9,7 +9,7 @@ from tests.ops.cuda.test_step import expected, make, maps, page
 
 from hashattention import ops
 from hashattention.ops import cuda, reference
-from hashattention.ops.cuda import step
+from hashattention.ops.cuda import layout, step
 
 pytestmark = pytest.mark.gpu
 
@@ -138,7 +138,7 @@ def test_every_number_of_blocks(shape):
 def wide(monkeypatch):
     """Every step of a test is one of wide.cu's."""
     loaded, load = set(), step.load
-    monkeypatch.setattr(step, "WIDE_SLOTS", 0)
+    monkeypatch.setattr(layout, "WIDE_SLOTS", 0)
     monkeypatch.setattr(step, "load", lambda name, **constants: (loaded.add(name), load(name, **constants))[1])
     yield
     assert loaded == {"wide"}

@@ -8,7 +8,7 @@ from tests.ops.cuda.test_step import check, expected, make, maps, page
 
 from hashattention import ops
 from hashattention.ops import reference
-from hashattention.ops.cuda import board, decode_step, step
+from hashattention.ops.cuda import board, decode_step, layout, step
 
 pytestmark = pytest.mark.gpu
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 def only_wide(monkeypatch):
     """Every step of a test is one of wide.cu's."""
     loaded, load = set(), step.load
-    monkeypatch.setattr(step, "WIDE_SLOTS", 0)
+    monkeypatch.setattr(layout, "WIDE_SLOTS", 0)
     monkeypatch.setattr(step, "load", lambda name, **constants: (loaded.add(name), load(name, **constants))[1])
     yield
     assert loaded == {"wide"}

@@ -14,22 +14,16 @@ import torch
 from torch import Tensor
 
 from hashattention.ops.cuda.build import find_compiler
-from hashattention.ops.cuda.parts import attend, score_select
-from hashattention.ops.cuda.step import (
-    Map,
+from hashattention.ops.cuda.layout import (
     choose,
     choose_fused,
-    count_processors,
-    describe,
-    encode,
     encode_blocks,
-    fuses,
     held_signature,
-    launch,
-    planes_of,
     remainder_bytes,
     starts_early,
 )
+from hashattention.ops.cuda.parts import attend, score_select
+from hashattention.ops.cuda.step import Map, count_processors, describe, encode, fuses, launch, planes_of
 from hashattention.ops.shapes import Remainder, mixture_in
 
 __all__ = ["attend", "decode", "decode_step", "refuse", "score_select"]

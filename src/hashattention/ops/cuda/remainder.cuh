@@ -17,7 +17,7 @@ struct Known {
     float* sums;        // 2 HEAD_DIM + 1
     int* length;        // 1
     float* own;         // ROWS * 3: a, b and c
-    static_assert(REMAINDER % 16 == 0 && REMAINDER >= ROWS * (16 + HEAD_DIM * 2 + 12) + (2 * HEAD_DIM + 2) * 4, "`remainder_bytes` of step.py");
+    static_assert(REMAINDER % 16 == 0 && REMAINDER >= ROWS * (16 + HEAD_DIM * 2 + 12) + (2 * HEAD_DIM + 2) * 4, "`remainder_bytes` of layout.py");
 
     __device__ explicit Known(const Shared& s) {
         estimates = reinterpret_cast<float4*>(s.known());
