@@ -20,14 +20,30 @@ def test_without_a_compiler_the_error_says_what_to_do(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "early"),
-    [(8, 1 << 15, True), (32, 1 << 17, True), (8, 1 << 17, False), (20, 1 << 15, False), (2, 1 << 20, False)],
+    ("shared", "resident", "percent"),
+    [(1 << 10, 1, 4), (153584, 1, 72), (77296, 2, 72), (60 << 10, 3, 86), (227 << 10, 1, 100)],
 )
-def test_a_step_starts_early_where_that_was_measured_faster(batch, tokens, early):
-    """Eight KV heads of 64 bits, 1/32: not where blocks leave the chip partly free, nor where they wait for memory."""
-    shape = layout.choose(0, 8 * batch, tokens, tokens // 32, 512)
+def test_a_multiprocessor_is_divided_as_the_blocks_need_it(shared, resident, percent):
+    """Of 228 KiB the least of the possible parts that holds them, each with the KiB that every block takes besides."""
+    assert layout.carveout_of(layout.Shape(256, 2, resident, 4, shared)) == percent
+
+
+@pytest.mark.parametrize(
+    ("heads", "batch", "tokens", "threads", "blocks"),
+    [
+        (2, 1, 1 << 14, 256, 8),
+        (2, 1, 1 << 15, 256, 16),
+        (2, 2, 1 << 17, 256, 16),
+        (2, 3, 1 << 17, 384, 8),
+        (4, 1, 1 << 17, 256, 16),
+        (2, 1, 1 << 18, 384, 16),
+        (8, 1, 1 << 17, 384, 8),
+    ],
+)
+def test_few_long_rows_are_spread_over_sixteen_blocks(heads, batch, tokens, threads, blocks):
+    shape = layout.choose_fused(heads, batch, tokens, tokens // 32, 768, (256, 0), 64, 128)
     assert shape is not None
-    assert layout.starts_early(shape, 8 * batch, tokens, 64) is early
+    assert (shape.threads, shape.blocks, shape.wide) == (threads, blocks, False)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,10 @@ CASES = [
     (case, {"batch": 1, "tokens": 70000, "bits": 32, "hidden": (256,)}),
     (case, {"batch": 1, "tokens": 70000, "bits": 128, "hidden": (256,)}),
     (case, {"batch": 1, "tokens": 70000, "dim": 64, "heads": 2, "group": 7, "hidden": (128,)}),
+    (case, {"batch": 2, "tokens": 40000, "heads": 2, "group": 6, "hidden": (256,)}),
+    (case, {"batch": 1, "tokens": 1 << 17, "heads": 2, "group": 8, "hidden": (512,)}),
+    (case, {"batch": 1, "tokens": 1 << 17, "heads": 4, "bits": 128, "hidden": (256, 256)}),
+    (case, {"batch": 12, "tokens": 4096, "heads": 1, "group": 4, "dim": 64, "hidden": (64,)}),
 ]
 
 
@@ -270,6 +274,27 @@ def test_a_captured_graph_follows_its_inputs():
         made[name].copy_(other[name])
     graph.replay()
     torch.testing.assert_close(out, ops.decode(**made, backend="cuda")[0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("batch", "tokens", "options"), [(8, 8192, {}), (40, 4096, {}), (20, 2048, {"mixture": 2})])
+def test_codes_of_an_earlier_launch_are_never_taken(batch, tokens, options):
+    """The step starts under the launch that makes its codes, where those of the replay before still lie."""
+    made = make(batch, tokens, **options)
+    queries = [torch.randn_like(made["q"]) for _ in range(8)]
+    wanted = []
+    for q in queries:
+        wanted.append(ops.decode(**made | {"q": q}, backend="cuda")[0])
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = []
+        for q in queries:
+            made["q"].copy_(q)
+            outs.append(ops.decode(**made, backend="cuda")[0])
+    for _ in range(20):
+        graph.replay()
+        for out, one in zip(outs, wanted, strict=True):
+            assert torch.equal(out, one)
 
 
 def test_an_odd_length_is_refused_by_name_and_served_by_choice():

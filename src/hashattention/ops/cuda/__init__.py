@@ -15,12 +15,13 @@ from torch import Tensor
 
 from hashattention.ops.cuda.build import find_compiler
 from hashattention.ops.cuda.layout import (
+    carveout_of,
     choose,
     choose_fused,
     encode_blocks,
+    fit,
     held_signature,
     remainder_bytes,
-    starts_early,
 )
 from hashattention.ops.cuda.parts import attend, score_select
 from hashattention.ops.cuda.step import Map, count_processors, describe, encode, fuses, launch, planes_of
@@ -204,11 +205,12 @@ def decode_step(
             return out, logsumexp
     rows, outputs = heads * batch, q.shape[1] // heads * q.shape[-1]
     signature = held_signature(tokens, bits, block_table is not None)
-    chosen = choose(0, rows, tokens, capacity, outputs, mixture, known, signature) if shape is None else None
-    early = chosen is not None and starts_early(chosen, rows, tokens, bits)
+    size = functools.partial(fit, 0, *shape) if shape else functools.partial(choose, 0)
+    chosen = size(rows, tokens, capacity, outputs, mixture=mixture, known=known, signature=signature)
     held = batch, heads, mixture, planes_of(levels) + 1, bits // 32
-    planes = torch.empty(held, dtype=torch.int32, device=q.device)
-    encode(x, weights, biases, levels, planes, (*new_key, signatures, end, block_table) if new_key else None, early)
+    planes = torch.empty(held, dtype=torch.int64, device=q.device)
+    fresh = (*new_key, signatures, end, block_table) if new_key else None
+    encode(x, weights, biases, levels, planes, fresh, carveout_of(chosen) if chosen else 100)
     tensors["planes"] = planes
     run(0, shape=chosen or shape)
     return out, logsumexp

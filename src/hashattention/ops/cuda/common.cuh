@@ -121,7 +121,7 @@ struct Map {
 };
 
 struct Arguments {
-    const uint32_t* planes;       // [B, H, MIXED, PLANES + 1, WORDS]: the signs, then the magnitude's bit planes; MODE 1: a code
+    const void* planes;           // [B, H, MIXED, PLANES + 1, WORDS]: the signs, then the magnitude's bit planes, as encode.cu has them; MODE 1: a code
     uint32_t* signatures;         // dense [B, H, T, WORDS] or pages [P, H, N, WORDS]
     const int* start;             // [B]
     const int* end;               // [B]

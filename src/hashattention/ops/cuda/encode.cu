@@ -7,13 +7,13 @@
 
 struct Batch {
     Map query, key;
-    uint32_t* planes;             // [B, H, MIXED, PLANES + 1, WORDS]
+    uint64_t* planes;             // [B, H, MIXED, PLANES + 1, WORDS]: a word, and 1 above it when it is there
     uint32_t* signatures;         // cache, dense [B, H, T, WORDS] or pages [P, H, N, WORDS]
     const int* position;          // [B]: one past the token whose signature is written
     const int* table;             // [B, M] or null
     int64_t s0, s1;
     int batch, tokens, table_width, page;
-    int early;                    // the step may start at once
+    int carveout;                 // percent of a multiprocessor's memory to be shared
 };
 
 constexpr int STAGES = HIDDEN1 ? 3 : 2, LAST = HIDDEN1 ? HIDDEN1 : HIDDEN0, WIDEST_IN = QUERY_IN > KEY_IN ? QUERY_IN : KEY_IN;
@@ -23,7 +23,7 @@ constexpr int WEIGHTS = (WIDEST_IN * COLUMNS0 + HIDDEN0 * COLUMNS1 + LAST * COLU
 constexpr int INPUTS = TILE * (WIDEST_IN > 2 * HIDDEN1 ? WIDEST_IN : 2 * HIDDEN1) / 8, HIDDENS = 2 * TILE * HIDDEN0 / 8;
 // Messages between the blocks of a cluster: the hidden layers and the logits.
 enum { FIRST_HIDDEN, SECOND_HIDDEN, CODES, KINDS };
-constexpr int SHARED = (WEIGHTS + INPUTS + HIDDENS) * 16 + SHARE * COLUMNS * 4 + INBOX;
+constexpr int SHARED = (WEIGHTS + INPUTS + HIDDENS + THREADS) * 16 + SHARE * COLUMNS * 4 + INBOX;
 static_assert(KINDS * 8 <= INBOX, "`Inbox`");
 static_assert(COLUMNS0 % 8 == 0 && COLUMNS1 % 8 == 0 && BITS / BLOCKS % 8 == 0 && (MIXED & (MIXED - 1)) == 0 && QUERY_IN % 64 == 0 && KEY_IN % 64 == 0 && HIDDEN0 % 64 == 0, "widths");
 
@@ -33,10 +33,6 @@ __device__ __forceinline__ int place(int row, int chunk) {
     constexpr int CHUNKS = WIDTH / 8;
     if constexpr (CHUNKS >= 8) return row * CHUNKS + (chunk ^ (row & 7));
     else return row * CHUNKS + (chunk ^ (row / (8 / CHUNKS) & (CHUNKS - 1)));
-}
-
-__device__ __forceinline__ void copy_async(uint4* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared_address(to)), "l"(from) : "memory");
 }
 
 // This block's columns of one stage's weights [IN, OUT].
@@ -58,9 +54,12 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
 }
 
 // What a warp does in a stage: tiles of 16 requests and 8 of this block's columns, with the biases of its lane's columns there.
-template <int OUT>
+template <int IN, int OUT>
 struct Tasks {
     static constexpr int TILES = OUT / BLOCKS / 8, COUNT = TILES * (TILE / 16), EACH = (COUNT + WARPS - 1) / WARPS;
+    // Where there are fewer tiles than warps, several warps share the inputs of each, which are whole steps of 32 for all of them or for two.
+    static constexpr int SHARING = COUNT && WARPS % COUNT == 0 ? WARPS / COUNT : 1;
+    static constexpr int PARTS = IN % (32 * SHARING) == 0 ? SHARING : SHARING % 2 == 0 ? 2 : 1;
     float2 biases[EACH > 0 ? EACH : 1];
 
     // Loaded at the start: a load where it is needed would be a stage's longest wait.
@@ -68,22 +67,27 @@ struct Tasks {
 #pragma unroll
         for (int n = 0; n < EACH; n++) biases[n] = *reinterpret_cast<const float2*>(static_cast<const float*>(bias) + int64_t(head) * OUT + column(n, rank));
     }
-    __device__ __forceinline__ static int index(int n) { return (threadIdx.x >> 5) + n * WARPS; }
+    __device__ __forceinline__ static int index(int n) { return (threadIdx.x >> 5) % (WARPS / SHARING) + n * WARPS; }
+    __device__ __forceinline__ static int part() { return SHARING > 1 ? (threadIdx.x >> 5) / (WARPS / SHARING) : 0; }
     __device__ __forceinline__ static int column(int n, int rank) { return rank * (OUT / BLOCKS) + index(n) % TILES * 8 + (threadIdx.x & 3) * 2; }
 };
 
-// Rows of TERMS matrices [TILE, IN] times this block's columns of a stage; emit(row, column in the stage, two neighbours).
+// Rows of TERMS matrices [TILE, IN] times this block's columns of a stage; emit(row, column in the stage, two neighbours). `sums`:
+// 512 bytes a warp that nothing else is kept in.
 template <int TERMS, int IN, int OUT, typename Emit>
-__device__ __forceinline__ void products(const uint4* rows, const uint4* slice, const Tasks<OUT>& tasks, int rank, Emit emit) {
-    int lane = threadIdx.x & 31;
+__device__ __forceinline__ void products(const uint4* rows, const uint4* slice, const Tasks<IN, OUT>& tasks, int rank, float4* sums, Emit emit) {
+    typedef Tasks<IN, OUT> Mine;
+    constexpr int PARTS = Mine::PARTS, OWN_IN = IN / PARTS;
+    static_assert(OWN_IN % 32 == 0, "whole steps");
+    int lane = threadIdx.x & 31, part = tasks.part(), begin = part * OWN_IN, end = begin + (part < PARTS ? OWN_IN : 0);
 #pragma unroll
-    for (int n = 0; n < Tasks<OUT>::EACH; n++) {
-        int task = tasks.index(n), tile = task % Tasks<OUT>::TILES, first = task / Tasks<OUT>::TILES * 16;
-        if (task >= Tasks<OUT>::COUNT) break;
+    for (int n = 0; n < Mine::EACH; n++) {
+        int task = tasks.index(n), tile = task % Mine::TILES, first = task / Mine::TILES * 16;
+        if (task >= Mine::COUNT) break;
         // Two sums each, so that fewer products wait for one another.
         float sum[2][TERMS][4] = {};
 #pragma unroll 4
-        for (int k = 0; k < IN; k += 32) {
+        for (int k = begin; k < end; k += 32) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 int in = k + half * 16;
@@ -99,13 +103,25 @@ __device__ __forceinline__ void products(const uint4* rows, const uint4* slice, 
                 }
             }
         }
+        float4 total = {};
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float2 total = tasks.biases[n];
-#pragma unroll
-            for (int t = 0; t < TERMS; t++) total.x += sum[0][t][i * 2] + sum[1][t][i * 2], total.y += sum[0][t][i * 2 + 1] + sum[1][t][i * 2 + 1];
-            emit(first + (lane >> 2) + i * 8, tasks.column(n, rank), total.x, total.y);
+        for (int t = 0; t < TERMS; t++) {
+            total.x += sum[0][t][0] + sum[1][t][0], total.y += sum[0][t][1] + sum[1][t][1];
+            total.z += sum[0][t][2] + sum[1][t][2], total.w += sum[0][t][3] + sum[1][t][3];
         }
+        if constexpr (PARTS > 1) {
+            if (part) sums[threadIdx.x] = total;
+            __syncthreads();
+            if (part) return;
+#pragma unroll
+            for (int p = 1; p < PARTS; p++) {
+                float4 other = sums[threadIdx.x + p * (THREADS / Mine::SHARING)];
+                total.x += other.x, total.y += other.y, total.z += other.z, total.w += other.w;
+            }
+        }
+        float2 bias = tasks.biases[n];
+        emit(first + (lane >> 2), tasks.column(n, rank), total.x + bias.x, total.y + bias.y);
+        emit(first + (lane >> 2) + 8, tasks.column(n, rank), total.z + bias.x, total.w + bias.y);
     }
 }
 
@@ -135,12 +151,17 @@ __device__ __forceinline__ void share_hidden(const Inbox& inbox, int kind, uint4
     inbox.await(kind);
 }
 
-__device__ void write_signature(const Batch& a, const float* logits, int request, int head) {
-    int lane = threadIdx.x & 31, token = a.position[request] - 1;
-    int64_t place = 0;
-    if (token < 0 || token >= a.tokens) return;
-    if (a.table) place = a.table[int64_t(request) * a.table_width + token / a.page] * a.s0 + (token % a.page) * WORDS;
-    else place = request * a.s0 + int64_t(token) * WORDS;
+// Where a request's newest signature goes, in words before the head's; -1: nowhere.
+__device__ int64_t place_newest(const Batch& a, int request) {
+    int token = a.position[request] - 1;
+    if (token < 0 || token >= a.tokens) return -1;
+    if (a.table) return a.table[int64_t(request) * a.table_width + token / a.page] * a.s0 + (token % a.page) * WORDS;
+    return request * a.s0 + int64_t(token) * WORDS;
+}
+
+__device__ void write_signature(const Batch& a, const float* logits, int64_t place, int head) {
+    int lane = threadIdx.x & 31;
+    if (place < 0) return;
 #pragma unroll
     for (int w = 0; w < WORDS; w++) {
         uint32_t word = __ballot_sync(~0u, logits[w * 32 + lane] > 0);
@@ -153,7 +174,8 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     constexpr int OUT = KEY ? BITS : COLUMNS;
     int rank = blockIdx.x, first = blockIdx.z * TILE;
     uint4 *weights = reinterpret_cast<uint4*>(memory), *inputs = weights + WEIGHTS, *hidden = inputs + INPUTS;
-    float* logits = reinterpret_cast<float*>(hidden + HIDDENS);
+    float4* sums = reinterpret_cast<float4*>(hidden + HIDDENS);
+    float* logits = reinterpret_cast<float*>(sums + THREADS);
     MARK(0);
     Inbox inbox(reinterpret_cast<uint64_t*>(logits + SHARE * COLUMNS));
     if (threadIdx.x == 0) {
@@ -162,16 +184,32 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     }
     // Every block must run when another sends to it.
     arrive_first();
-    if (a.early) cudaTriggerProgrammaticLaunchCompletion();
+    auto code_of = [&](int request) { return a.planes + (int64_t(request) * a.query.heads + head) * MIXED * CODE; };
+    if (!KEY && threadIdx.x < 32) {
+        // What an earlier launch left there is gone before the step starts.
+        for (int i = threadIdx.x; i < SHARE * MIXED * CODE; i += 32) {
+            int request = first + rank * SHARE + i / (MIXED * CODE);
+            if (request < a.batch) code_of(request)[i % (MIXED * CODE)] = 0;
+        }
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
+        __syncwarp();
+    }
+    // It may start now, on what room there is: it waits for the codes where it needs them.
+    if (threadIdx.x == 0) cudaTriggerProgrammaticLaunchCompletion();
     uint4 *slice1 = weights + IN * COLUMNS0 / 8, *slice2 = slice1 + HIDDEN0 * COLUMNS1 / 8;
     for (int i = threadIdx.x; i < TILE * IN / 8; i += THREADS) {
         int row = i / (IN / 8), chunk = i % (IN / 8);
         // Rows beyond the batch repeat the last one; nobody reads what they give.
         copy_async(inputs + place<IN>(row, chunk), static_cast<const Short*>(map.x) + min(first + row, a.batch - 1) * map.x0 + head * map.x1 + chunk * 8);
     }
-    Tasks<HIDDEN0> tasks0(map.biases[0], head, rank);
-    Tasks<HIDDEN1> tasks1(map.biases[1], head, rank);
-    Tasks<OUT> tasks2(map.biases[STAGES - 1], head, rank);
+    Tasks<IN, HIDDEN0> tasks0(map.biases[0], head, rank);
+    Tasks<HIDDEN0, HIDDEN1> tasks1(map.biases[1], head, rank);
+    Tasks<LAST, OUT> tasks2(map.biases[STAGES - 1], head, rank);
+    // A warp a request, of those whose codes this block ends with.
+    static_assert(SHARE <= WARPS, "a warp a request");
+    int warp = threadIdx.x >> 5, request = first + rank * SHARE + warp;
+    bool ends = warp < SHARE && request < a.batch;
+    int64_t newest = KEY && ends ? place_newest(a, request) : -1;
     load_slice<IN, HIDDEN0>(weights, map.weights[0], head, rank);
     asm volatile("cp.async.commit_group;");
     if constexpr (HIDDEN1 > 0) load_slice<HIDDEN0, HIDDEN1>(slice1, map.weights[1], head, rank);
@@ -181,7 +219,7 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     MARK(1);
     __syncthreads();
     MARK(2);
-    products<1, IN, HIDDEN0>(inputs, weights, tasks0, rank,
+    products<1, IN, HIDDEN0>(inputs, weights, tasks0, rank, sums,
                              [&](int row, int column, float low, float high) { keep_hidden<HIDDEN0>(hidden, row, column, low, high); });
     MARK(3);
     await_first();
@@ -189,24 +227,26 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     share_hidden<HIDDEN0>(inbox, FIRST_HIDDEN, hidden, rank);
     MARK(4);
     if constexpr (HIDDEN1 > 0) {
-        products<2, HIDDEN0, HIDDEN1>(hidden, slice1, tasks1, rank,
+        products<2, HIDDEN0, HIDDEN1>(hidden, slice1, tasks1, rank, sums,
                                       [&](int row, int column, float low, float high) { keep_hidden<HIDDEN1>(inputs, row, column, low, high); });
         share_hidden<HIDDEN1>(inbox, SECOND_HIDDEN, inputs, rank);
         MARK(6);
     }
-    products<2, LAST, OUT>(HIDDEN1 ? inputs : hidden, slice2, tasks2, rank, [&](int row, int column, float low, float high) {
+    products<2, LAST, OUT>(HIDDEN1 ? inputs : hidden, slice2, tasks2, rank, sums, [&](int row, int column, float low, float high) {
         inbox.send(CODES, row / SHARE, logits + row % SHARE * OUT + column, make_float2(low, high));
     });
     MARK(7);
     inbox.await(CODES);
     MARK(8);
-    // The step may start: it waits for the codes where it needs them. Earlier, few blocks would crowd where none of this is.
-    cudaTriggerProgrammaticLaunchCompletion();
-    for (int i = threadIdx.x >> 5; i < SHARE; i += WARPS) {
-        int request = first + rank * SHARE + i;
-        if (request >= a.batch) break;
-        if (KEY) write_signature(a, logits + i * OUT, request, head);
-        else quantise(logits + i * OUT, a.planes + (int64_t(request) * a.query.heads + head) * MIXED * CODE);
+    if (KEY && ends) write_signature(a, logits + warp * OUT, newest, head);
+    else if (ends) {
+        static_assert(MIXED * CODE <= 128, "`sums`");
+        uint32_t* planes = reinterpret_cast<uint32_t*>(sums + warp * 32);
+        quantise(logits + warp * OUT, planes);
+        __syncwarp();
+        // A word and its mark are one store, so that nothing has to be waited for between them.
+        for (int i = threadIdx.x & 31; i < MIXED * CODE; i += 32)
+            asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(code_of(request) + i), "l"(1ull << 32 | planes[i]) : "memory");
     }
     MARK(15);
 }
@@ -226,10 +266,16 @@ extern "C" int run(const Batch* a, int keys, cudaStream_t stream) {
         if (error != cudaSuccess) return error;
         allowed = true;
     }
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {BLOCKS, 1, 1};
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {BLOCKS, 1, 1};
+    int count = 1;
+#if CUDART_VERSION >= 12050
+    // A multiprocessor is divided anew only when nothing runs on it: it is given the division of the step that comes next.
+    attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[count++].val.sharedMemCarveout = a->carveout;
+#endif
     dim3 grid(BLOCKS, a->query.heads + (keys ? a->key.heads : 0), (a->batch + TILE - 1) / TILE);
-    cudaLaunchConfig_t config = {grid, dim3(THREADS), SHARED, stream, &attribute, 1};
+    cudaLaunchConfig_t config = {grid, dim3(THREADS), SHARED, stream, attributes, unsigned(count)};
     return cudaLaunchKernelEx(&config, encode_all, *a);
 }

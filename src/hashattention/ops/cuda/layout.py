@@ -33,6 +33,9 @@ ALONE = {16: 7, 8: 14, 4: 30, 2: 64, 1: 132}
 #: Slots of a cache from which on 384 threads are faster than 256: on one H100, 8 KV heads, 64 bits, 21.2 us against
 #: 21.7 at 128K, and 16.5 against 16.1 at 64K.
 MORE_THREADS_SLOTS = 1 << 17
+#: Slots from which on a row is spread over 16 blocks where every cluster of so many finds room: 2 KV heads on one H100,
+#: 16.1 us against 18.8 at 128K, 11.7 against 11.9 at 32K, 11.0 against 10.5 at 4K.
+SPREAD_SLOTS = 1 << 15
 #: Slots from which on wide.cu is faster than clusters: there, launched plain, 90.5 us against 105.9 at 1M, 28.7 against
 #: 27.5 at 128K.
 WIDE_SLOTS = 1 << 19
@@ -42,6 +45,8 @@ WIDE_BLOCKS, WIDE_THREADS = 16, 384
 SELECTED_TOKENS = 1 << 15
 #: Multiprocessors, shared memory of one, and what each block takes of it beside its own.
 PROCESSORS, SHARED_BYTES, BLOCK_BYTES = 132, 228 * 1024, 1024
+#: KiB of it that can be shared; the rest is first-level cache.
+DIVISIONS = (8, 16, 32, 64, 100, 132, 164, 196, 228)
 #: Shared bytes of the barriers of messages.
 INBOX_BYTES = 112
 #: Signatures asked for ahead: more would push each other out of the second-level cache.
@@ -92,6 +97,13 @@ def fit(
     return Shape(threads, blocks, resident, slots, shared, wide, held) if fits else None
 
 
+def carveout_of(shape: Shape) -> int:
+    """Percent of a multiprocessor's memory that is shared while blocks of this shape run."""
+    needed = (shape.shared + BLOCK_BYTES) * shape.resident
+    division = next(kib for kib in DIVISIONS if needed <= kib * 1024)
+    return round(100 * division / DIVISIONS[-1])
+
+
 def remainder_bytes(group: int, head_dim: int) -> int:
     """Shared bytes that a remainder takes of a block: `Known` of remainder.cuh."""
     return math.ceil((group * (28 + head_dim * 2) + (2 * head_dim + 2) * 4) / 16) * 16
@@ -123,18 +135,6 @@ def choose(
     return filling[-1] if filling else None
 
 
-def starts_early(shape: Shape, rows: int, tokens: int, bits: int) -> bool:
-    """Whether the step gains by starting at once under the encoding before it, as measured at batch 8 and 32.
-
-    Blocks that share multiprocessors must be more than there is room for, or they crowd where the encoding left some;
-    blocks that are alone lose where they ask for only a part of their signatures ahead.
-    """
-    blocks = rows * shape.blocks
-    if shape.resident > 1:
-        return blocks >= PROCESSORS * shape.resident
-    return blocks >= FULL and rows * tokens * bits // 8 <= PREFETCH_BYTES
-
-
 def choose_fused(
     heads: int,
     batch: int,
@@ -156,8 +156,10 @@ def choose_fused(
         shape = fit(3, WIDE_THREADS, WIDE_BLOCKS, 1, tokens, capacity, outputs, workspace, wide=True, known=known)
         if shape:
             return shape
-    few = 384 if tokens >= MORE_THREADS_SLOTS else 256
-    threads, blocks = 512 if max(hidden) > 256 else few, 8
+    many = tokens >= SPREAD_SLOTS and batch * (heads + math.ceil(heads / 16)) <= ALONE[16]
+    blocks = 16 if many else 8
+    few = 384 if tokens // blocks >= MORE_THREADS_SLOTS // 8 else 256
+    threads = 512 if max(hidden) > 256 else few
     workspace = _workspace(hidden, bits, threads, blocks, head_dim, mixture)
     clusters = batch * (heads + math.ceil(heads / blocks))
     sizes, signature = (tokens, capacity, outputs, workspace), held_signature(tokens, bits, paged)
@@ -180,7 +182,9 @@ def encode_blocks(query_in: int, key_in: int, hidden: list[int], bits: int, mixt
         return None
     for blocks in (4, 8):
         weights = (widest * first + first * second + hidden[-1] * columns) // blocks * 2
-        held = weights + 64 * max(widest, 2 * second) + 128 * first + 32 // blocks * columns * 4 + INBOX_BYTES
+        held = (
+            weights + 64 * max(widest, 2 * second) + 128 * first + 32 // blocks * columns * 4 + 512 * 16 + INBOX_BYTES
+        )
         if held <= SHARED_BYTES - BLOCK_BYTES and bits % (8 * blocks) == 0:
             return blocks
     return None

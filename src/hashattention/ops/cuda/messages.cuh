@@ -10,6 +10,12 @@ static_assert(KEYS + PIECES == MESSAGES, "`Shared::inbox`");
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
+// 16 bytes of global memory to this block's, by a thread that waits for all it asked for.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared_address(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // The same place in another block's memory.
 __device__ __forceinline__ uint32_t place_at(const void* own, int block) {
     uint32_t place;

@@ -37,7 +37,7 @@ __device__ __forceinline__ void ask_remainder(const Arguments& a, const Shared& 
 #pragma unroll
     for (int begin = 0; begin < QUERIES; begin += THREADS) {
         int i = begin + threadIdx.x;
-        if (i < QUERIES) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared_address(known.queries + i * 8)), "l"(q + i * 8));
+        if (i < QUERIES) copy_async(known.queries + i * 8, q + i * 8);
     }
     const float *sums = a.sums + request * a.m0 + head / a.ratio * a.m1, *own = a.coefficients + head * ROWS * 3;
 #pragma unroll
@@ -47,9 +47,6 @@ __device__ __forceinline__ void ask_remainder(const Arguments& a, const Shared& 
         if (i < NUMBERS) asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(shared_address(known.sums + i)), "l"(from));
     }
 }
-
-// Before a barrier: what this thread asked for is there.
-__device__ __forceinline__ void await_remainder() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // A warp a query head, for the `heads` from `first` on: what there is to know before the attention over `taken` tokens.
 __device__ __forceinline__ void estimate_remainder(const Arguments& a, const Shared& s, int first, int heads, int taken) {

@@ -166,7 +166,7 @@ __device__ __forceinline__ void ask_keys(const Arguments& a, Shared& s, const Ro
             for (int u = 0; u < EACH; u++) {
                 int at = begin + u * THREADS * ROUND;
                 const uint32_t* from = a.signatures + place_signature(a, request, head, first + min(at, all - ROUND));
-                if (at < all) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared_address(s.keys + at * WORDS * 4)), "l"(from));
+                if (at < all) copy_async(s.keys + at * WORDS * 4, from);
             }
         }
         return;
@@ -241,7 +241,7 @@ __device__ __forceinline__ void score(const Arguments& a, Shared& s, const Row& 
     Scorer scorer(s, base);
     if constexpr (HELD) {
         if (PAGED) {
-            asm volatile("cp.async.wait_all;" ::: "memory");
+            await_copies();
             __syncthreads();
         }
         auto load = [&](int chunk, uint4 (&key)[LOADS]) {

@@ -113,46 +113,44 @@ __device__ __forceinline__ uint32_t at_least(const uint4& x, uint32_t raise) {
     return low >> 7 | high << 1;
 }
 
-// STEPS steps of a warp, 16 entries a lane in each: those at least at the border and those above it, by bit; how many lanes before
-// this one have, and all, those above in the low half and those at it in the high half.
+// Entries of a warp, `width` neighbours a lane, 16 STEPS at most: those at least at the border and those above it, by bit, 32 a word; how many
+// lanes before this one have, and all, those above in the low half and those at it in the high half.
 template <int STEPS>
 struct Found {
-    uint32_t least[STEPS], above[STEPS], before[STEPS], all[STEPS];
+    static constexpr int ITEMS = (STEPS + 1) / 2;
+    uint32_t least[ITEMS] = {}, above[ITEMS] = {}, before, all;
 
-    __device__ __forceinline__ void find(const uint8_t* scores, uint32_t raise, int begin, int stop) {
+    __device__ __forceinline__ void find(const uint8_t* scores, uint32_t raise, int begin, int width, int stop) {
         int lane = threadIdx.x & 31;
-        // Several steps at once, because each is a chain of a dozen dependent instructions.
-        uint32_t scan[STEPS];
+        begin += lane * width, stop = min(stop, begin + width);
 #pragma unroll
         for (int u = 0; u < STEPS; u++) {
-            int i = begin + u * 512 + lane * 16;
+            int i = begin + u * 16;
             uint4 x = i < stop ? *reinterpret_cast<const uint4*>(scores + i) : make_uint4(0, 0, 0, 0);
-            least[u] = at_least(x, raise), above[u] = at_least(x, raise - 0x01010101u);
-            before[u] = scan[u] = __popc(above[u]) + (__popc(least[u] ^ above[u]) << 16);
+            least[u / 2] |= at_least(x, raise) << u % 2 * 16, above[u / 2] |= at_least(x, raise - 0x01010101u) << u % 2 * 16;
         }
+        uint32_t own = 0;
+#pragma unroll
+        for (int w = 0; w < ITEMS; w++) own += __popc(above[w]) + (__popc(least[w] ^ above[w]) << 16);
+        uint32_t scan = own;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
-#pragma unroll
-            for (int u = 0; u < STEPS; u++) {
-                uint32_t other = __shfl_up_sync(~0u, scan[u], step);
-                if (lane >= step) scan[u] += other;
-            }
+            uint32_t other = __shfl_up_sync(~0u, scan, step);
+            if (lane >= step) scan += other;
         }
-#pragma unroll
-        for (int u = 0; u < STEPS; u++) all[u] = __shfl_sync(~0u, scan[u], 31), before[u] = scan[u] - before[u];
+        all = __shfl_sync(~0u, scan, 31), before = scan - own;
     }
 
-    // `above_before` and `equal_before`: how many come before the first step.
+    // `above_before` and `equal_before`: how many come before these.
     template <typename Emit>
-    __device__ __forceinline__ void hand(const Border& b, int above_before, int equal_before, int first, Emit emit) const {
+    __device__ __forceinline__ void hand(const Border& b, int above_before, int equal_before, int first, int width, Emit emit) const {
+        int ties = equal_before + int(before >> 16), left_out = b.skip - ties;
+        int rank = above_before + int(before & 0xffff) + max(0, -left_out), at = first + int(threadIdx.x & 31) * width;
 #pragma unroll
-        for (int u = 0; u < STEPS; u++) {
-            uint32_t equal = least[u] ^ above[u];
-            int ties = equal_before + int(before[u] >> 16), i = u * 512 + (threadIdx.x & 31) * 16;
-            for (int left_out = b.skip - ties; left_out > 0 && equal; left_out--) equal &= equal - 1;
-            int rank = above_before + int(before[u] & 0xffff) + max(0, ties - b.skip);
-            for (uint32_t chosen = above[u] | equal; chosen; chosen &= chosen - 1) emit(rank++, first + i + __ffs(chosen) - 1);
-            above_before += all[u] & 0xffff, equal_before += all[u] >> 16;
+        for (int w = 0; w < ITEMS; w++) {
+            uint32_t equal = least[w] ^ above[w];
+            for (; left_out > 0 && equal; left_out--) equal &= equal - 1;
+            for (uint32_t chosen = above[w] | equal; chosen; chosen &= chosen - 1) emit(rank++, at + w * 32 + __ffs(chosen) - 1);
         }
     }
 };
@@ -184,13 +182,10 @@ __device__ __forceinline__ uint32_t sum_before(Shared& s, uint32_t own) {
 template <int STEPS, typename Emit>
 __device__ __forceinline__ void compact_once(Shared& s, const Border& b, int first, int segment, Emit emit) {
     int each = (segment + 512 * WARPS - 1) / (512 * WARPS) * 512, start = int(threadIdx.x >> 5) * each;
-    uint32_t own = 0;
     Found<STEPS> found;
-    found.find(s.scores(), (128 - b.entry) * 0x01010101u, start, min(segment, start + each));
-#pragma unroll
-    for (int u = 0; u < STEPS; u++) own += found.all[u];
-    uint32_t before = sum_before(s, own);
-    found.hand(b, b.above + (before & 0xffff), b.equal + (before >> 16), first + start, emit);
+    found.find(s.scores(), (128 - b.entry) * 0x01010101u, start, each / 32, min(segment, start + each));
+    uint32_t before = sum_before(s, found.all);
+    found.hand(b, b.above + (before & 0xffff), b.equal + (before >> 16), first + start, each / 32, emit);
 }
 
 // The same for any length: counted first, then found.
@@ -202,10 +197,9 @@ __device__ __forceinline__ void compact(Shared& s, const Border& b, int first, i
 #pragma unroll 1
     for (int begin = start; begin < stop; begin += 512 * STEPS) {
         Found<STEPS> found;
-        found.find(s.scores(), raise, begin, stop);
-        found.hand(b, above, equal, first + begin, emit);
-#pragma unroll
-        for (int u = 0; u < STEPS; u++) above += found.all[u] & 0xffff, equal += found.all[u] >> 16;
+        found.find(s.scores(), raise, begin, 16 * STEPS, stop);
+        found.hand(b, above, equal, first + begin, 16 * STEPS, emit);
+        above += found.all & 0xffff, equal += found.all >> 16;
     }
 }
 

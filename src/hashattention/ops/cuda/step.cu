@@ -88,6 +88,13 @@ __device__ __forceinline__ Border select_row(const Inbox& inbox, const Arguments
 // How many of a row's first `count` tokens are this block's.
 __device__ __forceinline__ int own_of(int count, int rank) { return (count + BLOCKS - 1 - rank) / BLOCKS; }
 
+// A word of a code, and above it whether the launch before has written it: that it has ended is known a microsecond later.
+__device__ __forceinline__ uint64_t load_word(const uint64_t* from) {
+    uint64_t word;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+    return word;
+}
+
 __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(16) char memory[];
     MARK(0);
@@ -104,7 +111,11 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
     }
 #endif
     int64_t row_id = int64_t(request) * (MODE == 3 ? a.query.heads : gridDim.y) + head;
-    // Before anything else: all that follows waits for these.
+    // Before anything else: all that follows waits for these. The code comes from a launch that may still run, and behind all that is
+    // asked for before it.
+    constexpr int CODE_WORDS = MODE == 0 ? MIXED * CODE : 0;
+    const uint64_t* code = static_cast<const uint64_t*>(a.planes) + row_id * CODE_WORDS + threadIdx.x;
+    uint64_t word = int(threadIdx.x) < CODE_WORDS ? load_word(code) : 0;
     Bounds bounds;
     if (MODE != 2) bounds.ask(a, request, row_id);
 #if MODE == 3
@@ -156,10 +167,14 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         bool unsigned_yet = MODE == 0 && HELD && row.local_begin == row.stop;
         if (!unsigned_yet) ask();
         ask_more();
-        // The code comes from a launch that may still run.
-        if (MODE == 0) cudaGridDependencySynchronize();
-        if (unsigned_yet) ask();
-        if (MODE == 0 && threadIdx.x < MIXED * CODE) s.planes[threadIdx.x] = __ldcg(a.planes + row_id * MIXED * CODE + threadIdx.x);
+        if (int(threadIdx.x) < CODE_WORDS) {
+            while (!(word >> 32)) word = load_word(code);
+            s.planes[threadIdx.x] = uint32_t(word);
+        }
+        if (unsigned_yet) {
+            cudaGridDependencySynchronize();
+            ask();
+        }
         __syncthreads();
 #endif
         MARK(6);
@@ -198,7 +213,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         }
         MARK(10);
 #if REMAINDER
-        await_remainder();
+        await_copies();
         __syncthreads();
         estimate_own(a, s, rank, count);
 #else
@@ -219,6 +234,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
     MARK(11);
     if (REREAD) at.prepare(a, request, head);
     attend(inbox, a, s, at, rank, length, row_id);
+    // What comes after this launch may read the signatures that the one before it writes.
+    if (MODE == 0) cudaGridDependencySynchronize();
 }
 
 // Lets the kernel have clusters of 16 and this much shared memory; never takes back what was allowed before.

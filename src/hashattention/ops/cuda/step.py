@@ -93,7 +93,7 @@ class Encode(ctypes.Structure):
         ("key", Map),
         *((n, POINTER) for n in ("planes", "signatures", "position", "table")),
         *((n, LONG) for n in ("s0", "s1")),
-        *((n, INT) for n in ("batch", "tokens", "table_width", "page", "early")),
+        *((n, INT) for n in ("batch", "tokens", "table_width", "page", "carveout")),
     )
 
 
@@ -130,11 +130,11 @@ def encode(
     levels: int,
     planes: Tensor,
     new_key: tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor | None] | None = None,
-    early: bool = False,
+    carveout: int = 100,
 ) -> None:
-    """Queries ``[B, H, 1, in]`` to bit `planes` ``[B, H, M, P, W]`` of M codes, and, if given, the new key (k, weights,
-    biases, cache, end, block table) to its signature. `early`: the step after it may start on what multiprocessors this
-    launch leaves free.
+    """Queries ``[B, H, 1, in]`` to bit `planes` ``[B, H, M, P, W]`` of M codes (int64: a word, and 1 above it once it
+    is there), and, if given, the new key (k, weights, biases, cache, end, block table) to its signature. The step after
+    it starts on what multiprocessors this launch leaves free, which are divided by `carveout`, as `carveout_of` has it.
     """
     hidden = [w.shape[-1] for w in weights[:-1]]
     mixture, bits, query_in = planes.shape[2], planes.shape[4] * 32, weights[0].shape[1]
@@ -145,7 +145,9 @@ def encode(
         LEVELS=levels, PLANES=planes_of(levels), WORDS=bits // 32, MIXED=mixture, HALF=int(q.dtype == torch.float16),
         TILE=tile, THREADS=tile * 16, BLOCKS=blocks, HEAD_DIM=64, ROWS=1, PAGED=0, MODE=0, RESIDENT=1,
     )  # fmt: skip
-    arguments = Encode(query=describe(q, weights, biases), planes=planes.data_ptr(), batch=q.shape[0], early=int(early))
+    arguments = Encode(
+        query=describe(q, weights, biases), planes=planes.data_ptr(), batch=q.shape[0], carveout=carveout
+    )
     if new_key:
         k, key_weights, key_biases, cache, end, table = new_key
         arguments.key = describe(k, key_weights, key_biases)

@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
         }
     }
 #if REMAINDER
-    await_remainder();
+    await_copies();
 #endif
     __syncthreads();
     MARK(11);
