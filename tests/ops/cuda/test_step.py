@@ -125,7 +125,7 @@ CASES = [
     (case, {"batch": 1, "tokens": 70000, "bits": 128, "hidden": (256,)}),
     (case, {"batch": 1, "tokens": 70000, "dim": 64, "heads": 2, "group": 7, "hidden": (128,)}),
     (case, {"batch": 2, "tokens": 40000, "heads": 2, "group": 6, "hidden": (256,)}),
-    (case, {"batch": 1, "tokens": 1 << 17, "heads": 2, "group": 8, "hidden": (512,)}),
+    (case, {"batch": 1, "tokens": 1 << 17, "heads": 2, "group": 4, "hidden": (512,)}),
     (case, {"batch": 1, "tokens": 1 << 17, "heads": 4, "bits": 128, "hidden": (256, 256)}),
     (case, {"batch": 12, "tokens": 4096, "heads": 1, "group": 4, "dim": 64, "hidden": (64,)}),
 ]

@@ -11,13 +11,15 @@ constexpr int SUMS = RESIDENT == 1 ? 2 : 1;
 constexpr bool REREAD = RESIDENT > 1;
 constexpr float LOG2E = 1.4426950408889634f;
 
-// 16 bytes of a row of K or V, of which the L2 asks the memory for all at once.
+// 16 bytes of a row of K or V. In the step the L2 asks the memory for the whole row at once; alone the gather is slower so.
 __device__ __forceinline__ uint4 load16(const void* p) {
     uint4 r;
-#if HEAD_DIM >= 128
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
-#else
+#if MODE == 2
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+#elif HEAD_DIM < 128
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+#else
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
 #endif
     return r;
 }

@@ -72,21 +72,23 @@ constexpr int PIECES = 8, MESSAGES = 5 + PIECES, INBOX = 112;
 constexpr int BITS = WORDS * 32, BINS = 128, WARPS = THREADS / 32, CODE = (PLANES + 1) * WORDS, COLUMNS = MIXED * BITS;
 static_assert(MIXED == 1 || LEVELS > 0, "bit codes are not mixed");
 
-// One warp: word w of all codes, a lane's weight each (a bit code's is 1 or -1), as signs and bit planes of the magnitudes.
-__device__ __forceinline__ void store_planes(uint32_t* planes, int w, int code) {
-    int lane = threadIdx.x & 31;
-    planes += w / WORDS * CODE, w %= WORDS;
+// One warp: word w of all codes, a lane's weight each (a bit code's is 1 or -1), as signs and bit planes of the magnitudes, by its
+// first lane to put(index, word).
+template <typename Put>
+__device__ __forceinline__ void put_planes(int w, int code, Put put) {
+    int lane = threadIdx.x & 31, first = w / WORDS * CODE + w % WORDS;
     uint32_t sign = __ballot_sync(~0u, code < 0);
-    if (lane == 0) planes[w] = sign;
+    if (lane == 0) put(first, sign);
 #pragma unroll
     for (int p = 0; p < PLANES; p++) {
         uint32_t plane = __ballot_sync(~0u, abs(code) >> p & 1);
-        if (lane == 0) planes[(p + 1) * WORDS + w] = plane;
+        if (lane == 0) put(first + (p + 1) * WORDS, plane);
     }
 }
 
 // One warp: integer weights of the logits (a bit code: LEVELS 0); the codes of a mixture have one scale.
-__device__ __forceinline__ void quantise(const float* logits, uint32_t* planes) {
+template <typename Put>
+__device__ __forceinline__ void quantise(const float* logits, Put put) {
     int lane = threadIdx.x & 31;
     uint32_t top = 0;
 #pragma unroll
@@ -96,7 +98,7 @@ __device__ __forceinline__ void quantise(const float* logits, uint32_t* planes) 
 #pragma unroll
     for (int w = 0; w < MIXED * WORDS; w++) {
         float logit = logits[w * 32 + lane];
-        store_planes(planes, w, LEVELS ? __float2int_rn(logit * scale) : (logit > 0 ? 1 : -1));
+        put_planes(w, LEVELS ? __float2int_rn(logit * scale) : (logit > 0 ? 1 : -1), put);
     }
 }
 
@@ -107,7 +109,7 @@ __device__ __forceinline__ void read_code(const void* codes, int64_t row, uint32
     for (int w = 0; w < MIXED * WORDS; w++) {
         int code = LEVELS ? static_cast<const int8_t*>(codes)[row * COLUMNS + w * 32 + lane]
                           : (static_cast<const uint32_t*>(codes)[row * WORDS + w] >> lane & 1 ? 1 : -1);
-        store_planes(planes, w, code);
+        put_planes(w, code, [&](int i, uint32_t word) { planes[i] = word; });
     }
 }
 

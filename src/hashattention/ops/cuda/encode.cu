@@ -23,7 +23,7 @@ constexpr int WEIGHTS = (WIDEST_IN * COLUMNS0 + HIDDEN0 * COLUMNS1 + LAST * COLU
 constexpr int INPUTS = TILE * (WIDEST_IN > 2 * HIDDEN1 ? WIDEST_IN : 2 * HIDDEN1) / 8, HIDDENS = 2 * TILE * HIDDEN0 / 8;
 // Messages between the blocks of a cluster: the hidden layers and the logits.
 enum { FIRST_HIDDEN, SECOND_HIDDEN, CODES, KINDS };
-constexpr int SHARED = (WEIGHTS + INPUTS + HIDDENS + THREADS) * 16 + SHARE * COLUMNS * 4 + INBOX;
+constexpr int SHARED = (WEIGHTS + INPUTS + HIDDENS) * 16 + SHARE * COLUMNS * 4 + INBOX;
 static_assert(KINDS * 8 <= INBOX, "`Inbox`");
 static_assert(COLUMNS0 % 8 == 0 && COLUMNS1 % 8 == 0 && BITS / BLOCKS % 8 == 0 && (MIXED & (MIXED - 1)) == 0 && QUERY_IN % 64 == 0 && KEY_IN % 64 == 0 && HIDDEN0 % 64 == 0, "widths");
 
@@ -53,13 +53,14 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// What a warp does in a stage: tiles of 16 requests and 8 of this block's columns, with the biases of its lane's columns there.
-template <int IN, int OUT>
+// What a warp does in a stage: tiles of 16 requests and 8 of this block's columns, with the biases of its lane's columns there. Where
+// there are fewer tiles than warps, and ROOM for sums, several warps share the inputs of each, in whole steps: all of them, or two.
+template <int IN, int OUT, bool ROOM>
 struct Tasks {
     static constexpr int TILES = OUT / BLOCKS / 8, COUNT = TILES * (TILE / 16), EACH = (COUNT + WARPS - 1) / WARPS;
-    // Where there are fewer tiles than warps, several warps share the inputs of each, which are whole steps of 32 for all of them or for two.
-    static constexpr int SHARING = COUNT && WARPS % COUNT == 0 ? WARPS / COUNT : 1;
+    static constexpr int SHARING = ROOM && COUNT && WARPS % COUNT == 0 ? WARPS / COUNT : 1;
     static constexpr int PARTS = IN % (32 * SHARING) == 0 ? SHARING : SHARING % 2 == 0 ? 2 : 1;
+    static_assert(IN / PARTS % 32 == 0, "whole steps");
     float2 biases[EACH > 0 ? EACH : 1];
 
     // Loaded at the start: a load where it is needed would be a stage's longest wait.
@@ -72,14 +73,13 @@ struct Tasks {
     __device__ __forceinline__ static int column(int n, int rank) { return rank * (OUT / BLOCKS) + index(n) % TILES * 8 + (threadIdx.x & 3) * 2; }
 };
 
-// Rows of TERMS matrices [TILE, IN] times this block's columns of a stage; emit(row, column in the stage, two neighbours). `sums`:
-// 512 bytes a warp that nothing else is kept in.
-template <int TERMS, int IN, int OUT, typename Emit>
-__device__ __forceinline__ void products(const uint4* rows, const uint4* slice, const Tasks<IN, OUT>& tasks, int rank, float4* sums, Emit emit) {
-    typedef Tasks<IN, OUT> Mine;
-    constexpr int PARTS = Mine::PARTS, OWN_IN = IN / PARTS;
-    static_assert(OWN_IN % 32 == 0, "whole steps");
-    int lane = threadIdx.x & 31, part = tasks.part(), begin = part * OWN_IN, end = begin + (part < PARTS ? OWN_IN : 0);
+// Rows of TERMS matrices [TILE, IN] times this block's columns of a stage; emit(row, column in the stage, two neighbours). `sums`: 16
+// bytes a thread that nothing else is kept in.
+template <int TERMS, int IN, int OUT, bool ROOM, typename Emit>
+__device__ __forceinline__ void products(const uint4* rows, const uint4* slice, const Tasks<IN, OUT, ROOM>& tasks, int rank, float4* sums, Emit emit) {
+    typedef Tasks<IN, OUT, ROOM> Mine;
+    constexpr int OWN_IN = IN / Mine::PARTS;
+    int lane = threadIdx.x & 31, part = tasks.part(), begin = part * OWN_IN, end = begin + (part < Mine::PARTS ? OWN_IN : 0);
 #pragma unroll
     for (int n = 0; n < Mine::EACH; n++) {
         int task = tasks.index(n), tile = task % Mine::TILES, first = task / Mine::TILES * 16;
@@ -109,16 +109,16 @@ __device__ __forceinline__ void products(const uint4* rows, const uint4* slice, 
             total.x += sum[0][t][0] + sum[1][t][0], total.y += sum[0][t][1] + sum[1][t][1];
             total.z += sum[0][t][2] + sum[1][t][2], total.w += sum[0][t][3] + sum[1][t][3];
         }
-        if constexpr (PARTS > 1) {
+        if constexpr (Mine::PARTS > 1) {
             if (part) sums[threadIdx.x] = total;
             __syncthreads();
-            if (part) return;
 #pragma unroll
-            for (int p = 1; p < PARTS; p++) {
+            for (int p = 1; p < Mine::PARTS && !part; p++) {
                 float4 other = sums[threadIdx.x + p * (THREADS / Mine::SHARING)];
                 total.x += other.x, total.y += other.y, total.z += other.z, total.w += other.w;
             }
         }
+        if (part) return;
         float2 bias = tasks.biases[n];
         emit(first + (lane >> 2), tasks.column(n, rank), total.x + bias.x, total.y + bias.y);
         emit(first + (lane >> 2) + 8, tasks.column(n, rank), total.z + bias.x, total.w + bias.y);
@@ -174,8 +174,10 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     constexpr int OUT = KEY ? BITS : COLUMNS;
     int rank = blockIdx.x, first = blockIdx.z * TILE;
     uint4 *weights = reinterpret_cast<uint4*>(memory), *inputs = weights + WEIGHTS, *hidden = inputs + INPUTS;
-    float4* sums = reinterpret_cast<float4*>(hidden + HIDDENS);
-    float* logits = reinterpret_cast<float*>(sums + THREADS);
+    float* logits = reinterpret_cast<float*>(hidden + HIDDENS);
+    // After the first stage its weights' place is free.
+    constexpr bool ROOM = IN * COLUMNS0 / 8 >= THREADS;
+    float4* sums = reinterpret_cast<float4*>(weights);
     MARK(0);
     Inbox inbox(reinterpret_cast<uint64_t*>(logits + SHARE * COLUMNS));
     if (threadIdx.x == 0) {
@@ -202,9 +204,9 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
         // Rows beyond the batch repeat the last one; nobody reads what they give.
         copy_async(inputs + place<IN>(row, chunk), static_cast<const Short*>(map.x) + min(first + row, a.batch - 1) * map.x0 + head * map.x1 + chunk * 8);
     }
-    Tasks<IN, HIDDEN0> tasks0(map.biases[0], head, rank);
-    Tasks<HIDDEN0, HIDDEN1> tasks1(map.biases[1], head, rank);
-    Tasks<LAST, OUT> tasks2(map.biases[STAGES - 1], head, rank);
+    Tasks<IN, HIDDEN0, false> tasks0(map.biases[0], head, rank);
+    Tasks<HIDDEN0, HIDDEN1, ROOM> tasks1(map.biases[1], head, rank);
+    Tasks<LAST, OUT, ROOM> tasks2(map.biases[STAGES - 1], head, rank);
     // A warp a request, of those whose codes this block ends with.
     static_assert(SHARE <= WARPS, "a warp a request");
     int warp = threadIdx.x >> 5, request = first + rank * SHARE + warp;
@@ -219,7 +221,7 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     MARK(1);
     __syncthreads();
     MARK(2);
-    products<1, IN, HIDDEN0>(inputs, weights, tasks0, rank, sums,
+    products<1, IN, HIDDEN0>(inputs, weights, tasks0, rank, nullptr,
                              [&](int row, int column, float low, float high) { keep_hidden<HIDDEN0>(hidden, row, column, low, high); });
     MARK(3);
     await_first();
@@ -240,13 +242,10 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     MARK(8);
     if (KEY && ends) write_signature(a, logits + warp * OUT, newest, head);
     else if (ends) {
-        static_assert(MIXED * CODE <= 128, "`sums`");
-        uint32_t* planes = reinterpret_cast<uint32_t*>(sums + warp * 32);
-        quantise(logits + warp * OUT, planes);
-        __syncwarp();
         // A word and its mark are one store, so that nothing has to be waited for between them.
-        for (int i = threadIdx.x & 31; i < MIXED * CODE; i += 32)
-            asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(code_of(request) + i), "l"(1ull << 32 | planes[i]) : "memory");
+        quantise(logits + warp * OUT, [&](int i, uint32_t word) {
+            asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(code_of(request) + i), "l"(1ull << 32 | word) : "memory");
+        });
     }
     MARK(15);
 }

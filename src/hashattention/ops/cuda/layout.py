@@ -182,9 +182,7 @@ def encode_blocks(query_in: int, key_in: int, hidden: list[int], bits: int, mixt
         return None
     for blocks in (4, 8):
         weights = (widest * first + first * second + hidden[-1] * columns) // blocks * 2
-        held = (
-            weights + 64 * max(widest, 2 * second) + 128 * first + 32 // blocks * columns * 4 + 512 * 16 + INBOX_BYTES
-        )
+        held = weights + 64 * max(widest, 2 * second) + 128 * first + 32 // blocks * columns * 4 + INBOX_BYTES
         if held <= SHARED_BYTES - BLOCK_BYTES and bits % (8 * blocks) == 0:
             return blocks
     return None

@@ -40,7 +40,7 @@ __device__ __forceinline__ void encode_query(QueryEncoder& query, const Inbox& i
     MARK(4);
     query.finish_last(work);
     __syncthreads();
-    if (threadIdx.x < 32) quantise(work.logits, s.planes);
+    if (threadIdx.x < 32) quantise(work.logits, [&](int i, uint32_t word) { s.planes[i] = word; });
     __syncthreads();
     MARK(5);
 }

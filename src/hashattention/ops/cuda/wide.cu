@@ -91,7 +91,7 @@ __device__ __forceinline__ uint64_t encode_wide(const Arguments& a, Shared& s, c
 #pragma unroll
         for (int w = 0; w < WORDS; w++) work.logits[w * 32 + lane] = bias[w];
         __syncwarp();
-        quantise(work.logits, s.planes);
+        quantise(work.logits, [&](int i, uint32_t word) { s.planes[i] = word; });
     } else if (warp == 1 && has_key) {
         post_logits<decltype(key)::GROUPS2>(key_work.sums, tag, [&](int i) { return board.key(rank, i); });
         if (signs || keeps) {
