@@ -29,6 +29,21 @@ def test_a_multiprocessor_is_divided_as_the_blocks_need_it(shared, resident, per
 
 
 @pytest.mark.parametrize(
+    ("heads", "batch", "tokens", "hidden", "few"),
+    [
+        (2, 6, 1 << 20, (512, 512), True),
+        (8, 2, 1 << 12, (256, 0), True),
+        (8, 2, 1 << 15, (256, 256), True),
+        (8, 2, (1 << 15) + 64, (256, 0), False),
+        (8, 2, 1 << 12, (512, 0), False),
+        (2, 8, 1 << 12, (256, 0), False),
+    ],
+)
+def test_few_rows_are_one_launch_and_more_where_they_are_short_and_find_room(heads, batch, tokens, hidden, few):
+    assert layout.are_few(heads, batch, tokens, hidden) is few
+
+
+@pytest.mark.parametrize(
     ("heads", "batch", "tokens", "threads", "blocks"),
     [
         (2, 1, 1 << 14, 256, 8),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hashattention.ops.cuda.build import find_compiler
 from hashattention.ops.cuda.layout import (
+    are_few,
     carveout_of,
     choose,
     choose_fused,
@@ -34,9 +35,6 @@ SHORT = (torch.float16, torch.bfloat16)
 MIXTURES = (1, 2, 4)
 #: Entries of a query's codes: the registers of a warp that scores.
 MOST_ENTRIES = 256
-#: Up to as many rows the step encodes by itself, each in a cluster of 8 blocks with multiprocessors of their own; more
-#: share a launch before it, which reads the maps once for all.
-FEW_ROWS = 12
 
 
 def refuse(op: str, tensor: Tensor, arguments: Mapping[str, Any]) -> str | None:
@@ -170,7 +168,7 @@ def decode_step(
     """The op `decode`; `new_key` (k ``[B, Hkv, 1, D]``, phi_k's weights and biases) is encoded in the same launch as q.
 
     Its signature goes to position ``end[b] - 1``. Few rows (requests times selection heads) are one launch, more are
-    two: `fused` says which, None as `FEW_ROWS` has it. `shape` forces (threads, blocks a row) of the second. The
+    two: `fused` says which, None as `are_few` has it. `shape` forces (threads, blocks a row) of the second. The
     remainder is added before the output is rounded, by the tokens that were attended to.
     """
     batch, heads = budgets.shape[:2]
@@ -194,7 +192,7 @@ def decode_step(
     hidden = fuses(q, heads, weights, new_key[1] if new_key else None, mixture)
     x = q.view(batch, heads, 1, -1)
     known = 0 if remainder is None else remainder_bytes(q.shape[1] // heads, q.shape[-1])
-    if hidden and (heads * batch <= FEW_ROWS if fused is None else fused):
+    if hidden and (are_few(heads, batch, tokens, hidden) if fused is None else fused):
         outputs = q.shape[1] // heads * q.shape[-1]
         processors = count_processors(q.device)
         sizes = tokens, capacity, outputs, hidden, bits, q.shape[-1]

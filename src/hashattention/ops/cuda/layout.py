@@ -43,6 +43,12 @@ WIDE_SLOTS = 1 << 19
 WIDE_BLOCKS, WIDE_THREADS = 16, 384
 #: Tokens of a block that only selects: 32 rows of 128K take 109 us, of twice as many tokens 119.
 SELECTED_TOKENS = 1 << 15
+#: Up to as many rows (requests times selection heads) the step encodes by itself, in clusters of 8 blocks with
+#: multiprocessors of their own; more share a launch before it, which reads the maps once for all.
+FEW_ROWS = 12
+#: Clusters up to which short rows are one launch too, two blocks a multiprocessor: 2 requests of 8 heads take 16.8 us
+#: at 32K (in two launches 18.9) and 14.0 at 4K (15.6); 72 clusters 40 at 32K (30).
+SHORT_CLUSTERS, SHORT_SLOTS = 18, 1 << 15
 #: Multiprocessors, shared memory of one, and what each block takes of it beside its own.
 PROCESSORS, SHARED_BYTES, BLOCK_BYTES = 132, 228 * 1024, 1024
 #: KiB of it that can be shared; the rest is first-level cache.
@@ -51,6 +57,18 @@ DIVISIONS = (8, 16, 32, 64, 100, 132, 164, 196, 228)
 INBOX_BYTES = 112
 #: Signatures asked for ahead: more would push each other out of the second-level cache.
 PREFETCH_BYTES = 20 << 20
+
+
+def are_few(heads: int, batch: int, tokens: int, hidden: tuple[int, int]) -> bool:
+    """Whether rows of so many slots, encoded through such hidden layers, are faster in one launch than in two."""
+    if heads * batch <= FEW_ROWS:
+        return True
+    return tokens <= SHORT_SLOTS and max(hidden) <= 256 and clusters_of(heads, batch, 8) <= SHORT_CLUSTERS
+
+
+def clusters_of(heads: int, batch: int, blocks: int) -> int:
+    """Clusters of one launch: one a row, and of each request so many that every head's newest key has a block."""
+    return batch * (heads + math.ceil(heads / blocks))
 
 
 def residents(mode: int, threads: int, blocks: int, rows: int) -> int:
@@ -156,14 +174,15 @@ def choose_fused(
         shape = fit(3, WIDE_THREADS, WIDE_BLOCKS, 1, tokens, capacity, outputs, workspace, wide=True, known=known)
         if shape:
             return shape
-    many = tokens >= SPREAD_SLOTS and batch * (heads + math.ceil(heads / 16)) <= ALONE[16]
+    many = tokens >= SPREAD_SLOTS and clusters_of(heads, batch, 16) <= ALONE[16]
     blocks = 16 if many else 8
     few = 384 if tokens // blocks >= MORE_THREADS_SLOTS // 8 else 256
     threads = 512 if max(hidden) > 256 else few
     workspace = _workspace(hidden, bits, threads, blocks, head_dim, mixture)
-    clusters = batch * (heads + math.ceil(heads / blocks))
     sizes, signature = (tokens, capacity, outputs, workspace), held_signature(tokens, bits, paged)
-    return fit(3, threads, blocks, clusters, *sizes, mixture=mixture, known=known, signature=signature)
+    return fit(
+        3, threads, blocks, clusters_of(heads, batch, blocks), *sizes, mixture=mixture, known=known, signature=signature
+    )
 
 
 def held_signature(tokens: int, bits: int, paged: bool) -> int:
