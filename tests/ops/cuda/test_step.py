@@ -297,6 +297,37 @@ def test_codes_of_an_earlier_launch_are_never_taken(batch, tokens, options):
             assert torch.equal(out, one)
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 4096), (2, 40960), (8, 8192), (40, 4096)])
+def test_a_newest_key_that_is_no_local_token_competes_by_its_own_signature(batch, tokens):
+    """Made by the same launch or the one that the step starts under; at its place lies what a replay before left. Half
+    of all tokens are taken, and the newest has a value that shows whether it is.
+    """
+    made = make(batch, tokens, budget=(4, 0, tokens // 2), full=True)
+    made["v"][:, :, -1] = 1000
+    key_maps = maps(8, (128, 256, 64), torch.bfloat16)
+    new_key = made["k"][:, :, -1:], key_maps[0], [b.float() for b in key_maps[1]]
+    keys, queries = (torch.randn(6, *made[n].shape[:2], 1, 128, device="cuda").bfloat16() for n in ("k", "q"))
+    wanted = []
+    for key, q in zip(keys, queries, strict=True):
+        made["k"][:, :, -1:], made["q"][:] = key, q
+        ops.write_signature(*new_key, made["signatures"], made["end"] - 1)
+        wanted.append(ops.decode(**made, backend="cuda")[0])
+    made["signatures"][:, :, -1] = 0
+    outs = []
+    graph = torch.cuda.CUDAGraph()
+    ops.decode(**made, new_key=new_key, backend="cuda")
+    with torch.cuda.graph(graph):
+        for key, q in zip(keys, queries, strict=True):
+            made["k"][:, :, -1:], made["q"][:] = key, q
+            outs.append(ops.decode(**made, new_key=new_key, backend="cuda")[0])
+    for _ in range(5):
+        graph.replay()
+        for out, one in zip(outs, wanted, strict=True):
+            # A weight of the newest signature may round the other way where it is made in the step.
+            heads = (out.float() - one.float()).abs().amax((2, 3)) > 0.02 * one.float().abs().max()
+            assert heads.float().mean() < 0.05
+
+
 def test_an_odd_length_is_refused_by_name_and_served_by_choice():
     """Rows of 16 bytes are what the kernel loads; the automatic choice takes another backend."""
     from hashattention.errors import BackendError

@@ -113,12 +113,12 @@ __device__ __forceinline__ uint32_t at_least(const uint4& x, uint32_t raise) {
     return low >> 7 | high << 1;
 }
 
-// Entries of a warp, `width` neighbours a lane, 16 STEPS at most: those at least at the border and those above it, by bit, 32 a word; how many
+// Entries of a warp, `width` neighbours a lane, 16 STEPS at most: those at least at the border and those above it, by bit; how many
 // lanes before this one have, and all, those above in the low half and those at it in the high half.
 template <int STEPS>
 struct Found {
-    static constexpr int ITEMS = (STEPS + 1) / 2;
-    uint32_t least[ITEMS] = {}, above[ITEMS] = {}, before, all;
+    static constexpr int MASKS = (STEPS + 1) / 2;
+    uint32_t least[MASKS] = {}, above[MASKS] = {}, before, all;
 
     __device__ __forceinline__ void find(const uint8_t* scores, uint32_t raise, int begin, int width, int stop) {
         int lane = threadIdx.x & 31;
@@ -131,7 +131,7 @@ struct Found {
         }
         uint32_t own = 0;
 #pragma unroll
-        for (int w = 0; w < ITEMS; w++) own += __popc(above[w]) + (__popc(least[w] ^ above[w]) << 16);
+        for (int w = 0; w < MASKS; w++) own += __popc(above[w]) + (__popc(least[w] ^ above[w]) << 16);
         uint32_t scan = own;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
@@ -147,7 +147,7 @@ struct Found {
         int ties = equal_before + int(before >> 16), left_out = b.skip - ties;
         int rank = above_before + int(before & 0xffff) + max(0, -left_out), at = first + int(threadIdx.x & 31) * width;
 #pragma unroll
-        for (int w = 0; w < ITEMS; w++) {
+        for (int w = 0; w < MASKS; w++) {
             uint32_t equal = least[w] ^ above[w];
             for (; left_out > 0 && equal; left_out--) equal &= equal - 1;
             for (uint32_t chosen = above[w] | equal; chosen; chosen &= chosen - 1) emit(rank++, at + w * 32 + __ffs(chosen) - 1);

@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
 #if MODE == 3
         encode_query(query, inbox, s, rank, ask, ask_more);
 #else
-        // The launch before may still be signing the newest token.
-        bool unsigned_yet = MODE == 0 && HELD && row.local_begin == row.stop;
+        // Where the newest token is a candidate, the launch before may still be signing it.
+        bool unsigned_yet = MODE == 0 && row.local_begin == row.stop;
         if (!unsigned_yet) ask();
         ask_more();
         if (int(threadIdx.x) < CODE_WORDS) {
