@@ -20,9 +20,9 @@ from hashattention.ops.cuda.layout import (
     choose,
     choose_fused,
     encode_blocks,
-    fit,
     held_signature,
     remainder_bytes,
+    require,
 )
 from hashattention.ops.cuda.parts import attend, score_select
 from hashattention.ops.cuda.step import Map, count_processors, describe, encode, fuses, launch, planes_of
@@ -192,25 +192,24 @@ def decode_step(
     hidden = fuses(q, heads, weights, new_key[1] if new_key else None, mixture)
     x = q.view(batch, heads, 1, -1)
     known = 0 if remainder is None else remainder_bytes(q.shape[1] // heads, q.shape[-1])
+    outputs, paged = q.shape[1] // heads * q.shape[-1], block_table is not None
     if hidden and (are_few(heads, batch, tokens, hidden) if fused is None else fused):
-        outputs = q.shape[1] // heads * q.shape[-1]
-        processors = count_processors(q.device)
-        sizes = tokens, capacity, outputs, hidden, bits, q.shape[-1]
-        whole = choose_fused(heads, batch, *sizes, processors, mixture, known, block_table is not None)
+        sizes = tokens, capacity, outputs, hidden, bits, q.shape[-1], count_processors(q.device)
+        whole = choose_fused(heads, batch, *sizes, mixture, known, paged)
         if whole:
             maps = describe(x, weights, biases), describe(*new_key) if new_key else Map()
             run(3, hidden=hidden, maps=maps, shape=whole)
             return out, logsumexp
-    rows, outputs = heads * batch, q.shape[1] // heads * q.shape[-1]
-    signature = held_signature(tokens, bits, block_table is not None)
-    size = functools.partial(fit, 0, *shape) if shape else functools.partial(choose, 0)
-    chosen = size(rows, tokens, capacity, outputs, mixture=mixture, known=known, signature=signature)
+    signature = held_signature(tokens, bits, paged)
+    chosen = require(
+        choose(0, heads * batch, tokens, capacity, outputs, mixture, known, signature, forced=shape), tokens
+    )
     held = batch, heads, mixture, planes_of(levels) + 1, bits // 32
     planes = torch.empty(held, dtype=torch.int64, device=q.device)
     fresh = (*new_key, signatures, end, block_table) if new_key else None
-    encode(x, weights, biases, levels, planes, fresh, carveout_of(chosen) if chosen else 100)
+    encode(x, weights, biases, levels, planes, fresh, carveout=carveout_of(chosen))
     tensors["planes"] = planes
-    run(0, shape=chosen or shape)
+    run(0, shape=chosen)
     return out, logsumexp
 
 

@@ -6,6 +6,8 @@ import functools
 import math
 from typing import NamedTuple
 
+from hashattention.errors import BackendError
+
 #: So many blocks keep every multiprocessor busy.
 FULL = 128
 
@@ -136,13 +138,16 @@ def choose(
     mixture: int = 1,
     known: int = 0,
     signature: int = 0,
+    forced: tuple[int, int] | None = None,
 ) -> Shape | None:
-    """The fewest blocks a row that fill the chip; None if a row is too long for any.
+    """The fewest blocks a row that fill the chip, or the `forced` (threads, blocks); None if a row is too long for any.
 
     Selection alone is faster with shorter segments, and with half the chip where its blocks are alone there (8 rows of
     128K: 11.7 us after 12.6).
     """
     size = functools.partial(fit, mode, mixture=mixture, known=known, signature=signature)
+    if forced:
+        return size(*forced, rows, tokens, capacity, outputs)
     shapes = [shape for pair in SHAPES if (shape := size(*pair, rows, tokens, capacity, outputs))]
     if mode == 1:
         shapes = [s for s in shapes if tokens <= s.blocks * SELECTED_TOKENS] or shapes
@@ -151,6 +156,13 @@ def choose(
     if mode == 1 and alone and filling[-1].resident > 1:
         return alone[-1]
     return filling[-1] if filling else None
+
+
+def require(shape: Shape | None, tokens: int) -> Shape:
+    """The shape, or a `BackendError` where rows of so many tokens have none."""
+    if shape is None:
+        raise BackendError(f"{tokens} tokens a row do not fit the shared memory of a cluster. Use backend='triton'.")
+    return shape
 
 
 def choose_fused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hashattention.ops.cuda.layout import choose, held_signature, require
 from hashattention.ops.cuda.step import launch
 from hashattention.ops.shapes import mixture_of
 
@@ -29,10 +30,13 @@ def score_select(
     tokens = signatures.shape[2] * (1 if block_table is None else block_table.shape[1])
     rows = {"start": start.contiguous(), "end": end.contiguous(), "budgets": budgets.contiguous()}
     caches = {"signatures": signatures, "table": None if block_table is None else block_table.contiguous()}
+    mixture, signature = mixture_of(code, bits // 32), held_signature(tokens, bits, block_table is not None)
+    # No list and no outputs: the least of each.
+    shape = choose(1, batch * heads, tokens, 4, 64, mixture, signature=signature)
     launch(
         1, heads=heads, batch=batch, capacity=capacity, bits=bits, levels=levels, tokens=tokens,
         tensors={"planes": code.contiguous(), **rows, **caches, "indices": indices, "counts": counts},
-        mixture=mixture_of(code, bits // 32),
+        shape=require(shape, tokens), mixture=mixture,
     )  # fmt: skip
     return indices, counts
 
@@ -53,8 +57,10 @@ def attend(
     logsumexp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     table = None if block_table is None else block_table.contiguous()
     rows = {"indices": indices.contiguous(), "counts": counts.contiguous(), "table": table}
+    shape = choose(2, batch * heads, 0, capacity, q.shape[1] // heads * q.shape[-1])
     launch(
         2, heads=heads, batch=batch, capacity=capacity, bits=32, levels=0, tokens=k.shape[2], scale=scale,
         softcap=softcap, tensors={"q": q.contiguous(), "k": k, "v": v, **rows, "out": out, "logsumexp": logsumexp},
+        shape=require(shape, capacity),
     )  # fmt: skip
     return out, logsumexp

@@ -11,16 +11,7 @@ from torch import Tensor
 from hashattention.errors import BackendError
 from hashattention.ops.cuda.board import find_board
 from hashattention.ops.cuda.build import load
-from hashattention.ops.cuda.layout import (
-    PREFETCH_BYTES,
-    PROCESSORS,
-    Shape,
-    choose,
-    encode_blocks,
-    fit,
-    held_signature,
-    remainder_bytes,
-)
+from hashattention.ops.cuda.layout import PREFETCH_BYTES, PROCESSORS, Shape, encode_blocks, remainder_bytes
 
 LONG, INT, FLOAT, POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 
@@ -130,7 +121,8 @@ def encode(
     levels: int,
     planes: Tensor,
     new_key: tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor | None] | None = None,
-    carveout: int = 100,
+    *,
+    carveout: int,
 ) -> None:
     """Queries ``[B, H, 1, in]`` to bit `planes` ``[B, H, M, P, W]`` of M codes (int64: a word, and 1 above it once it
     is there), and, if given, the new key (k, weights, biases, cache, end, block table) to its signature. The step after
@@ -185,32 +177,22 @@ def launch(
     levels: int,
     tokens: int,
     tensors: dict[str, Tensor | None],
+    shape: Shape,
     scale: float = 1.0,
     softcap: float = 0.0,
-    shape: tuple[int, int] | Shape | None = None,
     hidden: tuple[int, int] = (0, 0),
     maps: tuple[Map, Map] | None = None,
     mixture: int = 1,
 ) -> None:
     """Launch step.cu, or wide.cu if the shape is, on named tensors; mode 0: the whole step, 1: select only, 2: attend
-    only, 3: the whole step with the encoding by `maps` of these `hidden` widths, in the `shape` of `choose_fused`.
-    `shape` forces (threads, blocks); a query is a `mixture` of so many codes. Sums, lengths and coefficients among the
-    tensors are a remainder, in modes 0 and 3.
+    only, 3: the whole step with the encoding by `maps` of these `hidden` widths. The `shape` is of `choose`, in mode 3
+    of `choose_fused`; a query is a `mixture` of so many codes. Sums, lengths and coefficients among the tensors are a
+    remainder, in modes 0 and 3.
     """
     q, k, v, signatures, table, sums = (tensors.get(n) for n in ("q", "k", "v", "signatures", "table", "sums"))
-    rows, held, taken = heads * batch, tokens if mode != 2 else 0, capacity if mode != 1 else 4
-    outputs = 64 if q is None else q.shape[1] // heads * q.shape[-1]
     known = 0 if sums is None or q is None else remainder_bytes(q.shape[1] // heads, q.shape[-1])
-    if isinstance(shape, Shape):
-        chosen: Shape | None = shape
-    else:
-        size = functools.partial(fit, mode, *shape) if shape else functools.partial(choose, mode)
-        signature = 0 if mode == 2 else held_signature(tokens, bits, table is not None)
-        chosen = size(rows, held, taken, outputs, mixture=mixture, known=known, signature=signature)
-    if chosen is None:
-        raise BackendError(f"{tokens} tokens a row do not fit the shared memory of a cluster. Use backend='triton'.")
     widths = hidden if mode == 3 else (0, 0)
-    library = load_step(mode, chosen, q, heads, bits, levels, table is not None, widths, mixture, known)
+    library = load_step(mode, shape, q, heads, bits, levels, table is not None, widths, mixture, known)
     arguments = Step(**{name: _pointer(tensor) for name, tensor in tensors.items()})
     if signatures is not None:
         arguments.s0, arguments.s1 = signatures.stride(0), signatures.stride(1)
@@ -225,18 +207,18 @@ def launch(
         arguments.m0, arguments.m1 = sums.stride()[:2]
     arguments.table_width = 0 if table is None else table.shape[1]
     arguments.tokens, arguments.capacity = tokens, capacity
-    arguments.held = chosen.held
-    arguments.list_capacity, arguments.scale, arguments.softcap = chosen.slots, scale, softcap
-    running = min(rows * chosen.blocks, PROCESSORS * chosen.resident)
+    arguments.held, arguments.list_capacity = shape.held, shape.slots
+    arguments.scale, arguments.softcap = scale, softcap
+    running = min(heads * batch * shape.blocks, PROCESSORS * shape.resident)
     arguments.prefetch = PREFETCH_BYTES // (running * bits // 8) // 128 * 128
     if maps is not None:
         arguments.query, arguments.key = maps
     device = next(t for t in tensors.values() if t is not None).device
     stream = torch.cuda.current_stream(device).cuda_stream
-    if chosen.wide:
-        board, arguments.board_row = find_board(library, device, stream, rows, capacity)
+    if shape.wide:
+        board, arguments.board_row = find_board(library, device, stream, heads * batch, capacity)
         arguments.board = board.data_ptr()
-    _check(library.run(ctypes.byref(arguments), heads, batch, chosen.shared, POINTER(stream)), "step")
+    _check(library.run(ctypes.byref(arguments), heads, batch, shape.shared, POINTER(stream)), "step")
 
 
 def load_step(
