@@ -66,39 +66,42 @@ __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1 + __expf
 // cap * tanh(x / cap), by one exponential: that of the library is as long as many a loop here.
 __device__ __forceinline__ float cap_softly(float x, float cap) { return cap * (1 - __fdividef(2, 1 + __expf(2 * __fdividef(x, cap)))); }
 
-// CODE: words of one code in planes, its signs and then its magnitude's bit planes; COLUMNS: entries of all codes of a query.
+// CODE: words of one code in planes, its signs and then the slots of its magnitude; COLUMNS: entries of all codes of a query. Slots are
+// bits, but for magnitudes up to 7 two of weight 1 and two of weight 3, so that the products of score.cuh sum those of one weight by themselves.
 // Kinds of messages.cuh, of which PIECES are for signatures, and the bytes of their barriers.
 constexpr int PIECES = 8, MESSAGES = 5 + PIECES, INBOX = 112;
-constexpr int BITS = WORDS * 32, BINS = 128, WARPS = THREADS / 32, CODE = (PLANES + 1) * WORDS, COLUMNS = MIXED * BITS;
+constexpr bool THREES = PLANES == 3 && WORDS > 1;
+constexpr int SLOTS = THREES ? 4 : PLANES;
+constexpr int BITS = WORDS * 32, BINS = 128, WARPS = THREADS / 32, CODE = (SLOTS + 1) * WORDS, COLUMNS = MIXED * BITS;
 static_assert(MIXED == 1 || LEVELS > 0, "bit codes are not mixed");
 
-// One warp: word w of all codes, a lane's weight each (a bit code's is 1 or -1), as signs and bit planes of the magnitudes, by its
-// first lane to put(index, word).
+__device__ __forceinline__ constexpr int weight_of(int slot) { return THREES ? 1 + 2 * (slot & 1) : 1 << slot; }
+
+// One warp: word w of all codes, a lane's weight each (a bit code's is 1 or -1), as signs and slots of the magnitudes; every lane calls
+// put(index, word).
 template <typename Put>
 __device__ __forceinline__ void put_planes(int w, int code, Put put) {
-    int lane = threadIdx.x & 31, first = w / WORDS * CODE + w % WORDS;
-    uint32_t sign = __ballot_sync(~0u, code < 0);
-    if (lane == 0) put(first, sign);
+    int first = w / WORDS * CODE + w % WORDS, size = abs(code);
+    put(first, __ballot_sync(~0u, code < 0));
+    int threes = size * 11 >> 5, ones = size - 3 * threes;
 #pragma unroll
-    for (int p = 0; p < PLANES; p++) {
-        uint32_t plane = __ballot_sync(~0u, abs(code) >> p & 1);
-        if (lane == 0) put(first + (p + 1) * WORDS, plane);
+    for (int p = 0; p < SLOTS; p++) {
+        bool in = THREES ? (p & 1 ? threes : ones) > p / 2 : size >> p & 1;
+        put(first + (p + 1) * WORDS, __ballot_sync(~0u, in));
     }
 }
 
-// One warp: integer weights of the logits (a bit code: LEVELS 0); the codes of a mixture have one scale.
+// One warp: integer weights of a lane's logits of each word (a bit code: LEVELS 0); the codes of a mixture have one scale.
 template <typename Put>
-__device__ __forceinline__ void quantise(const float* logits, Put put) {
-    int lane = threadIdx.x & 31;
+__device__ __forceinline__ void quantise(const float (&logits)[MIXED * WORDS], Put put) {
     uint32_t top = 0;
 #pragma unroll
-    for (int w = 0; w < MIXED * WORDS; w++) top = max(top, __float_as_uint(fabsf(logits[w * 32 + lane])));
+    for (int w = 0; w < MIXED * WORDS; w++) top = max(top, __float_as_uint(fabsf(logits[w])));
     // Floats above 0 are ordered as their bits are.
     float scale = __fdividef(LEVELS, fmaxf(__uint_as_float(__reduce_max_sync(~0u, top)), 1e-30f));
 #pragma unroll
     for (int w = 0; w < MIXED * WORDS; w++) {
-        float logit = logits[w * 32 + lane];
-        put_planes(w, LEVELS ? __float2int_rn(logit * scale) : (logit > 0 ? 1 : -1), put);
+        put_planes(w, LEVELS ? __float2int_rn(logits[w] * scale) : (logits[w] > 0 ? 1 : -1), put);
     }
 }
 
@@ -109,7 +112,9 @@ __device__ __forceinline__ void read_code(const void* codes, int64_t row, uint32
     for (int w = 0; w < MIXED * WORDS; w++) {
         int code = LEVELS ? static_cast<const int8_t*>(codes)[row * COLUMNS + w * 32 + lane]
                           : (static_cast<const uint32_t*>(codes)[row * WORDS + w] >> lane & 1 ? 1 : -1);
-        put_planes(w, code, [&](int i, uint32_t word) { planes[i] = word; });
+        put_planes(w, code, [&](int i, uint32_t word) {
+            if (lane == 0) planes[i] = word;
+        });
     }
 }
 
@@ -123,7 +128,7 @@ struct Map {
 };
 
 struct Arguments {
-    const void* planes;           // [B, H, MIXED, PLANES + 1, WORDS]: the signs, then the magnitude's bit planes, as encode.cu has them; MODE 1: a code
+    const void* planes;           // [B, H, MIXED, SLOTS + 1, WORDS]: the signs, then the magnitude's slots, as encode.cu has them; MODE 1: a code
     uint32_t* signatures;         // dense [B, H, T, WORDS] or pages [P, H, N, WORDS]
     const int* start;             // [B]
     const int* end;               // [B]
@@ -196,6 +201,7 @@ struct Shared {
     uint32_t* planes;   // 32 * MIXED: the query code of this row
     float* stats;       // BLOCKS * 16: every block's maximum and sum of each query head, side by side
     float* parts;       // ROWS * HEAD_DIM: every block's part of the outputs that this block merges
+    float* logits;      // LOGITS: every block's sums of all logits of the code
     int* list;          // list_capacity, behind the remainder's bytes
     char* keys;         // HELD: signatures
     char* rest;
@@ -208,11 +214,13 @@ struct Shared {
         planes = reinterpret_cast<uint32_t*>(warps + 32);
         stats = reinterpret_cast<float*>(planes + 32 * MIXED);
         parts = stats + BLOCKS * 16;
+        logits = parts + ROWS * HEAD_DIM;
         list = reinterpret_cast<int*>(known() + REMAINDER);
         keys = reinterpret_cast<char*>(list + a.list_capacity);
         rest = keys + a.held;
     }
-    __device__ char* known() const { return reinterpret_cast<char*>(parts + ROWS * HEAD_DIM); }
+    static constexpr int LOGITS = MODE == 3 && !WIDE ? BLOCKS * COLUMNS : 0;
+    __device__ char* known() const { return reinterpret_cast<char*>(logits + LOGITS); }
     __device__ uint32_t* newest() const { return planes + 32 * MIXED - 4; }
     __device__ uint8_t* scores() const { return reinterpret_cast<uint8_t*>(rest); }
     __device__ float* scratch() const { return reinterpret_cast<float*>(rest); }

@@ -7,7 +7,7 @@
 
 struct Batch {
     Map query, key;
-    uint64_t* planes;             // [B, H, MIXED, PLANES + 1, WORDS]: a word, and 1 above it when it is there
+    uint64_t* planes;             // [B, H, MIXED, SLOTS + 1, WORDS]: a word, and 1 above it when it is there
     uint32_t* signatures;         // cache, dense [B, H, T, WORDS] or pages [P, H, N, WORDS]
     const int* position;          // [B]: one past the token whose signature is written
     const int* table;             // [B, M] or null
@@ -243,8 +243,12 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     if (KEY && ends) write_signature(a, logits + warp * OUT, newest, head);
     else if (ends) {
         // A word and its mark are one store, so that nothing has to be waited for between them.
-        quantise(logits + warp * OUT, [&](int i, uint32_t word) {
-            asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(code_of(request) + i), "l"(1ull << 32 | word) : "memory");
+        int lane = threadIdx.x & 31;
+        float own[MIXED * WORDS];
+#pragma unroll
+        for (int w = 0; w < MIXED * WORDS; w++) own[w] = logits[warp * OUT + w * 32 + lane];
+        quantise(own, [&](int i, uint32_t word) {
+            if (lane == 0) asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(code_of(request) + i), "l"(1ull << 32 | word) : "memory");
         });
     }
     MARK(15);

@@ -10,7 +10,7 @@ constexpr int STAGES = HIDDEN1 ? 3 : 2;
 
 __device__ __forceinline__ uint4 load_weights(const Short* p) {
     uint4 r;
-    asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+    asm volatile("ld.global.nc.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
     return r;
 }
 
@@ -25,10 +25,9 @@ struct Workspace {
     float* sums;      // partial sums of one stage: SUMS
     float* hidden;    // OWN0, then OWN_LAST: this block's entries of the hidden layers
     float* received;  // HIDDEN1: every block's sums of this block's columns
-    float* logits;    // BLOCKS * COLUMNS: every block's sums of all logits; the first COLUMNS become the logits
-    static constexpr int SUMS = 4096, ENTRIES = SUMS + 128 + HIDDEN1 + BLOCKS * COLUMNS;
+    static constexpr int SUMS = 4096, ENTRIES = SUMS + 128 + HIDDEN1;
 
-    __device__ explicit Workspace(float* base) : sums(base), hidden(sums + SUMS), received(hidden + 128), logits(received + HIDDEN1) {}
+    __device__ explicit Workspace(float* base) : sums(base), hidden(sums + SUMS), received(hidden + 128) {}
 };
 
 // The codes of one row, OUT entries: a thread's weights in registers, and what it does with them between the cluster's barriers.
@@ -41,7 +40,7 @@ struct Encoder {
     static_assert(OWN0 % 8 == 0 && OWN0 <= 64 && OWN1 <= 64 && GROUPS1 * HIDDEN1 <= Workspace::SUMS && GROUPS2 * OUT <= Workspace::SUMS && OUT <= THREADS && THREADS >= HIDDEN0 && THREADS >= HIDDEN1, "too wide");
     uint4 weights0[EACH0], weights1[EACH1], weights2[EACH2];
     Short x[EACH0];
-    float bias0, bias1, bias2;
+    float bias0, bias1, bias2[OUT / 32];
 
     __device__ __forceinline__ void load(const Map& map, int64_t from, int head, int rank) {
         const Short* w0 = static_cast<const Short*>(map.weights[0]) + int64_t(head) * IN * HIDDEN0 + rank * OWN0 + threadIdx.x % SEGMENTS0 * 8;
@@ -70,7 +69,8 @@ struct Encoder {
         auto bias = [&](int stage, int width, int column) { return static_cast<const float*>(map.biases[stage])[int64_t(head) * width + column]; };
         bias0 = threadIdx.x < OWN0 ? bias(0, HIDDEN0, rank * OWN0 + threadIdx.x) : 0;
         bias1 = HIDDEN1 && threadIdx.x < OWN1 ? bias(1, HIDDEN1, rank * OWN1 + threadIdx.x) : 0;
-        bias2 = threadIdx.x < OUT ? bias(STAGES - 1, OUT, threadIdx.x) : 0;
+#pragma unroll
+        for (int w = 0; w < OUT / 32; w++) bias2[w] = bias(STAGES - 1, OUT, w * 32 + (threadIdx.x & 31));
     }
 
     // Every warp's sums of the first stage: sums[warp][OWN0].
@@ -146,7 +146,7 @@ struct Encoder {
     __device__ __forceinline__ void last_sums(Workspace& s) const { later_sums<LANES2, GROUPS2, OWN_LAST>(s, s.hidden + (HIDDEN1 ? 64 : 0), weights2); }
 
     // Hand this block's sums of every logit to every block.
-    __device__ __forceinline__ void share_last(const Inbox& inbox, Workspace& s, int rank) const {
+    __device__ __forceinline__ void share_last(const Inbox& inbox, const Workspace& s, float* logits, int rank) const {
         constexpr int TURNS = THREADS / OUT;
         int column = threadIdx.x % OUT;
         if constexpr (THREADS % OUT > 0) {
@@ -156,15 +156,17 @@ struct Encoder {
 #pragma unroll
         for (int g = 0; g < GROUPS2; g++) total += s.sums[g * OUT + column];
 #pragma unroll
-        for (int to = threadIdx.x / OUT; to < BLOCKS; to += TURNS) inbox.send(LOGITS, to, s.logits + rank * OUT + column, total);
+        for (int to = threadIdx.x / OUT; to < BLOCKS; to += TURNS) inbox.send(LOGITS, to, logits + rank * OUT + column, total);
     }
 
-    __device__ __forceinline__ void finish_last(Workspace& s) const {
-        if (threadIdx.x >= OUT) return;
-        float total = bias2;
+    // Every warp for itself: a lane the logits of columns lane, lane + 32, ...
+    __device__ __forceinline__ void finish_last(const float* logits, float (&own)[OUT / 32]) const {
 #pragma unroll
-        for (int j = 0; j < BLOCKS; j++) total += s.logits[j * OUT + threadIdx.x];
-        s.logits[threadIdx.x] = total;
+        for (int w = 0; w < OUT / 32; w++) {
+            own[w] = bias2[w];
+#pragma unroll
+            for (int j = 0; j < BLOCKS; j++) own[w] += logits[j * OUT + w * 32 + (threadIdx.x & 31)];
+        }
     }
 };
 

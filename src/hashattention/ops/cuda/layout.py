@@ -93,11 +93,12 @@ def fit(
     mixture: int = 1,
     known: int = 0,
     signature: int = 0,
+    logits: int = 0,
 ) -> Shape | None:
     """The shape for `rows` rows of `tokens` tokens of which `capacity` are taken, `outputs` numbers a row, `workspace`
-    floats for the encoding, queries of `mixture` codes, `known` bytes for a remainder and signatures of so many bytes
-    each that the shared memory of a block alone on its multiprocessor holds if it can; None if a block's shared
-    memory is too small. `Shared` of common.cuh.
+    floats for the encoding and `logits` floats of it that scores must not overwrite, queries of `mixture` codes,
+    `known` bytes for a remainder and signatures of so many bytes each that the shared memory of a block alone on its
+    multiprocessor holds if it can; None if a block's shared memory is too small. `Shared` of common.cuh.
     """
     segment = math.ceil(tokens / (blocks * 128)) * 128
     # A list of wide.cu may be filled up to a whole turn of the gather.
@@ -107,7 +108,7 @@ def fit(
     rest = max(segment, parts, workspace * 4)
     resident = residents(mode, threads, blocks, rows)
     shared = (
-        INBOX_BYTES + blocks * (128 * 2 + 64) + 128 * 4 + 128 + 128 * mixture + outputs * 4 + slots * 4 + known + rest
+        INBOX_BYTES + blocks * (128 * 2 + 64) + 128 * 4 + 128 + 128 * mixture + (outputs + logits + slots) * 4 + known + rest
     )
     held = segment * signature
     if resident > 1 or shared + held + BLOCK_BYTES > SHARED_BYTES:
@@ -182,7 +183,7 @@ def choose_fused(
     """The shape in which the step encodes by itself, whatever the number of rows; None if they are too long."""
     alone = batch * heads * WIDE_BLOCKS <= processors
     if tokens >= WIDE_SLOTS and alone and hidden[0] <= 256 and not hidden[1] and mixture == 1:
-        workspace = 2 * _query_workspace(hidden, bits, WIDE_BLOCKS)
+        workspace = 2 * _query_workspace(hidden)
         shape = fit(3, WIDE_THREADS, WIDE_BLOCKS, 1, tokens, capacity, outputs, workspace, wide=True, known=known)
         if shape:
             return shape
@@ -190,11 +191,11 @@ def choose_fused(
     blocks = 16 if many else 8
     few = 384 if tokens // blocks >= MORE_THREADS_SLOTS // 8 else 256
     threads = 512 if max(hidden) > 256 else few
-    workspace = _workspace(hidden, bits, threads, blocks, head_dim, mixture)
-    sizes, signature = (tokens, capacity, outputs, workspace), held_signature(tokens, bits, paged)
-    return fit(
-        3, threads, blocks, clusters_of(heads, batch, blocks), *sizes, mixture=mixture, known=known, signature=signature
-    )
+    # A query's workspace (`Workspace` of encode_one.cuh), or what the encoding of a key takes in its place.
+    workspace = max(_query_workspace(hidden), threads * 8 + head_dim + sum(hidden) + bits)
+    size = functools.partial(fit, mixture=mixture, known=known, signature=held_signature(tokens, bits, paged))
+    rows, logits = clusters_of(heads, batch, blocks), blocks * bits * mixture
+    return size(3, threads, blocks, rows, tokens, capacity, outputs, workspace, logits=logits)
 
 
 def held_signature(tokens: int, bits: int, paged: bool) -> int:
@@ -219,10 +220,5 @@ def encode_blocks(query_in: int, key_in: int, hidden: list[int], bits: int, mixt
     return None
 
 
-def _workspace(hidden: tuple[int, int], bits: int, threads: int, blocks: int, head_dim: int, mixture: int) -> int:
-    """Floats of shared memory that encoding takes: a query's (`Workspace` of encode_one.cuh) or a key's."""
-    return max(_query_workspace(hidden, bits * mixture, blocks), threads * 8 + head_dim + sum(hidden) + bits)
-
-
-def _query_workspace(hidden: tuple[int, int], columns: int, blocks: int) -> int:
-    return 4096 + 128 + hidden[1] + blocks * columns
+def _query_workspace(hidden: tuple[int, int]) -> int:
+    return 4096 + 128 + hidden[1]

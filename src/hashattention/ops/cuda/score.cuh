@@ -13,67 +13,80 @@ __device__ __forceinline__ void count_and(int (&d)[4], uint32_t a0, uint32_t a1,
 constexpr int TOKENS = WORDS == 1 ? 4 : 2;           // tokens a lane scores at once
 constexpr int CHUNK = TOKENS * 32;                   // tokens a warp scores at once
 constexpr int LOADS = WORDS == 4 ? 2 : 1;           // 16-byte loads of a lane for them; each holds as much of a signature
-constexpr int PRODUCTS = WORDS == 1 ? PLANES : (PLANES + 1) / 2;
+constexpr int PRODUCTS = WORDS == 1 ? SLOTS : (SLOTS + 1) / 2;
+
+// The words of all codes of a row, the same in every lane.
+struct Words {
+    static constexpr int COUNT = MIXED * CODE;
+    uint32_t of[(COUNT + 3) / 4 * 4];
+
+    __device__ __forceinline__ void load(const uint32_t* planes) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) *reinterpret_cast<uint4*>(of + i) = *reinterpret_cast<const uint4*>(planes + i);
+    }
+    __device__ __forceinline__ uint32_t sign(int c, int w) const { return of[c * CODE + w]; }
+    __device__ __forceinline__ uint32_t slot(int c, int p, int w) const { return p < SLOTS ? of[c * CODE + (p + 1) * WORDS + w] : 0; }
+};
 
 struct Code {
     uint32_t sign[WORDS];
     uint32_t columns[PRODUCTS][LOADS][2];
 
-    __device__ __forceinline__ void load(const uint32_t* planes) {
-        int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+    __device__ __forceinline__ void load(const Words& words, int c) {
+        int lane = threadIdx.x & 31, column = lane >> 2;
+        bool mine = column / 2 == (lane & 3), odd = column & 1;
 #pragma unroll
-        for (int w = 0; w < WORDS; w++) sign[w] = planes[w];
+        for (int w = 0; w < WORDS; w++) sign[w] = words.sign(c, w);
 #pragma unroll
         for (int m = 0; m < PRODUCTS; m++) {
-            int plane = WORDS == 1 ? m : 2 * m + (g & 1);
 #pragma unroll
             for (int i = 0; i < LOADS * 2; i++) {
-                bool mine = g / 2 == c && plane < PLANES && (WORDS > 1 || (g & 1) == i);
-                columns[m][i / 2][i % 2] = mine ? planes[(plane + 1) * WORDS + (WORDS == 1 ? 0 : i)] : 0;
+                uint32_t even = WORDS == 1 ? (i ? 0 : words.slot(c, m, 0)) : words.slot(c, 2 * m, i);
+                uint32_t other = WORDS == 1 ? (i ? words.slot(c, m, 0) : 0) : words.slot(c, 2 * m + 1, i);
+                columns[m][i / 2][i % 2] = mine ? odd ? other : even : 0;
             }
         }
     }
 
     // Weights that match a lane's tokens.
     __device__ __forceinline__ void match(const uint4 (&key)[LOADS], int (&score)[TOKENS]) const {
+        int d[4] = {};
 #pragma unroll
         for (int m = 0; m < PRODUCTS; m++) {
-            int d[4] = {};
             if constexpr (WORDS == 1) {
                 count_and(d, key[0].x ^ sign[0], key[0].z ^ sign[0], key[0].y ^ sign[0], key[0].w ^ sign[0], columns[m][0][0], columns[m][0][1]);
-#pragma unroll
-                for (int t = 0; t < 4; t++) score[t] = m ? score[t] + (d[t] << m) : d[t];
-                continue;
             } else if constexpr (WORDS == 2) {
                 count_and(d, key[0].x ^ sign[0], key[0].z ^ sign[0], key[0].y ^ sign[1], key[0].w ^ sign[1], columns[m][0][0], columns[m][0][1]);
             } else {
                 count_and(d, key[0].x ^ sign[0], key[1].x ^ sign[0], key[0].y ^ sign[1], key[1].y ^ sign[1], columns[m][0][0], columns[m][0][1]);
                 count_and(d, key[0].z ^ sign[2], key[1].z ^ sign[2], key[0].w ^ sign[3], key[1].w ^ sign[3], columns[m][1][0], columns[m][1][1]);
             }
-            if constexpr (WORDS > 1) {
+            // Slots of one weight are in one column: their products add up.
+            if (THREES && m + 1 < PRODUCTS) continue;
 #pragma unroll
-                for (int t = 0; t < 2; t++) {
-                    int sum = d[t * 2] + 2 * d[t * 2 + 1];
-                    score[t] = m ? score[t] + (sum << 2 * m) : sum;
-                }
+            for (int t = 0; t < TOKENS; t++) {
+                int sum = WORDS == 1 ? d[t] : d[t * 2] + weight_of(1) * d[t * 2 + 1];
+                score[t] = m && !THREES ? score[t] + sum * weight_of(WORDS == 1 ? m : 2 * m) : sum;
             }
+#pragma unroll
+            for (int i = 0; i < 4; i++) d[i] = 0;
         }
     }
 };
 
 // The sum of a code's magnitudes.
-__device__ __forceinline__ int sum_weights(const uint32_t* planes) {
+__device__ __forceinline__ int sum_weights(const Words& words, int c) {
     int sum = 0;
 #pragma unroll
-    for (int i = 0; i < PLANES * WORDS; i++) sum += __popc(planes[WORDS + i]) << i / WORDS;
+    for (int i = 0; i < SLOTS * WORDS; i++) sum += __popc(words.slot(c, i / WORDS, i % WORDS)) * weight_of(i / WORDS);
     return sum;
 }
 
 // The largest of a row's codes.
-__device__ __forceinline__ int largest_sum(const uint32_t* planes) {
-    int largest = sum_weights(planes);
+__device__ __forceinline__ int largest_sum(const Words& words) {
+    int largest = sum_weights(words, 0);
 #pragma unroll
-    for (int c = 1; c < MIXED; c++) largest = max(largest, sum_weights(planes + c * CODE));
+    for (int c = 1; c < MIXED; c++) largest = max(largest, sum_weights(words, c));
     return largest;
 }
 
@@ -82,10 +95,10 @@ __device__ __forceinline__ int largest_sum(const uint32_t* planes) {
 constexpr int SCALE = MIXED > 1 ? 2 : 1;
 
 // The largest score a row's codes can give.
-__device__ __forceinline__ int largest_score(const uint32_t* planes) { return SCALE * largest_sum(planes); }
+__device__ __forceinline__ int largest_score(const Words& words) { return SCALE * largest_sum(words); }
 
 // What is added to a code's weights that match, times SCALE.
-__device__ __forceinline__ int raise_of(const uint32_t* planes, int c) { return MIXED > 1 ? largest_sum(planes) - sum_weights(planes + c * CODE) : 0; }
+__device__ __forceinline__ int raise_of(const Words& words, int c) { return MIXED > 1 ? largest_sum(words) - sum_weights(words, c) : 0; }
 
 // Ask the L2 for the first of this block's signatures: as many as it can keep for all blocks at once.
 __device__ __forceinline__ void prefetch(const Arguments& a, const Row& row, int first, int segment, int request, int head) {
@@ -99,21 +112,12 @@ __device__ __forceinline__ void prefetch(const Arguments& a, const Row& row, int
     }
 }
 
-// Two tokens' entries in the halves of a word.
-constexpr int PAIRS = TOKENS / 2;
-
-__device__ __forceinline__ void store_entries(uint8_t* to, const uint32_t (&entry)[PAIRS]) {
+__device__ __forceinline__ void store_entries(uint8_t* to, const int (&entry)[TOKENS]) {
     int lane = threadIdx.x & 31;
-    if constexpr (WORDS == 1) reinterpret_cast<uint32_t*>(to)[lane] = __byte_perm(entry[0], entry[PAIRS - 1], 0x6420);
-    else if constexpr (WORDS == 2) reinterpret_cast<uint16_t*>(to)[lane] = __byte_perm(entry[0], 0, 0x4420);
-    else to[lane] = entry[0], to[lane + 32] = entry[0] >> 16;
-}
-
-__device__ __forceinline__ void count_entries(int* counts, uint32_t entry) {
-    // Without a branch: what is no candidate counts in bin 0, which nobody reads.
-    char* base = reinterpret_cast<char*>(counts);
-    atomicAdd(reinterpret_cast<int*>(base + (entry & 0xffff) * 4), 1);
-    atomicAdd(reinterpret_cast<int*>(base + (entry >> 14)), 1);
+    uint32_t pair = __byte_perm(entry[0], entry[1], 0x0040);
+    if constexpr (WORDS == 1) reinterpret_cast<uint32_t*>(to)[lane] = __byte_perm(pair, __byte_perm(entry[TOKENS - 2], entry[TOKENS - 1], 0x0040), 0x5410);
+    else if constexpr (WORDS == 2) reinterpret_cast<uint16_t*>(to)[lane] = pair;
+    else to[lane] = entry[0], to[lane + 32] = entry[1];
 }
 
 __device__ __forceinline__ uint4 load_key(const uint32_t* from) {
@@ -182,38 +186,36 @@ __device__ __forceinline__ void ask_keys(const Arguments& a, Shared& s, const Ro
 
 // How a row's codes turn signatures into entries: an entry is a candidate's score - `base`, kept within 0..127, and any other token's 0.
 struct Scorer {
-    uint32_t lift[MIXED];
+    int lift[MIXED];
     Code code[MIXED];
 
-    __device__ __forceinline__ Scorer(const Shared& s, int base) {
+    __device__ __forceinline__ Scorer(const Words& words, int base) {
 #pragma unroll
-        for (int c = 0; c < MIXED; c++) {
-            int by = raise_of(s.planes, c) - base;
-            lift[c] = __byte_perm(by, by, 0x5410);
-            code[c].load(s.planes + c * CODE);
-        }
+        for (int c = 0; c < MIXED; c++) lift[c] = raise_of(words, c) - base, code[c].load(words, c);
     }
 
-    // COUNT chunks from `begin` on, WARPS apart, so that one's products run under another's.
-    template <int COUNT>
-    __device__ __forceinline__ void enter(Shared& s, const Row& row, const uint4 (*key)[LOADS], int first, int limit, int begin, int chunks) const {
-        int lane = threadIdx.x & 31;
-        uint32_t entry[COUNT][PAIRS];
+    __device__ __forceinline__ void find(const uint4 (&key)[LOADS], int (&entry)[TOKENS]) const {
 #pragma unroll
-        for (int u = 0; u < COUNT; u++) {
+        for (int c = 0; c < MIXED; c++) {
+            int found[TOKENS];
+            code[c].match(key, found);
 #pragma unroll
-            for (int c = 0; c < MIXED; c++) {
-                int found[TOKENS];
-                code[c].match(key[u], found);
-#pragma unroll
-                for (int t = 0; t < PAIRS; t++) {
-                    // At most 2045 each.
-                    uint32_t both = __byte_perm(found[2 * t], found[2 * t + 1], 0x5410) * SCALE;
-                    uint32_t one = __viaddmin_s16x2_relu(both, lift[c], 0x007f007f);
-                    entry[u][t] = c ? __vmaxs2(entry[u][t], one) : one;
-                }
+            for (int t = 0; t < TOKENS; t++) {
+                if (MIXED == 1) entry[t] = __viaddmin_s32_relu(found[t], lift[c], BINS - 1);
+                else entry[t] = c ? __viaddmax_s32(found[t] * SCALE, lift[c], entry[t]) : found[t] * SCALE + lift[c];
             }
         }
+#pragma unroll
+        for (int t = 0; t < TOKENS && MIXED > 1; t++) entry[t] = __vimin_s32_relu(entry[t], BINS - 1);
+    }
+
+    // COUNT chunks from `begin` on, WARPS apart, so that one's products run under another's; ALL: none of them is beyond the last.
+    template <int COUNT, bool ALL>
+    __device__ __forceinline__ void enter(Shared& s, const Row& row, const uint4 (*key)[LOADS], int first, int limit, int begin, int chunks) const {
+        int lane = threadIdx.x & 31;
+        int entry[COUNT][TOKENS];
+#pragma unroll
+        for (int u = 0; u < COUNT; u++) find(key[u], entry[u]);
         int token = first + begin * CHUNK;
         if (token < row.sink_stop || token + ((COUNT - 1) * WARPS + 1) * CHUNK > limit) {
 #pragma unroll
@@ -221,24 +223,25 @@ struct Scorer {
 #pragma unroll
                 for (int t = 0; t < TOKENS; t++) {
                     int at = token + u * WARPS * CHUNK + (WORDS == 4 ? lane + t * 32 : lane * TOKENS + t);
-                    if (at < row.sink_stop || at >= limit) entry[u][t / 2] &= t & 1 ? 0xffffu : 0xffff0000u;
+                    if (at < row.sink_stop || at >= limit) entry[u][t] = 0;
                 }
             }
         }
+        uint8_t* to = s.scores() + begin * CHUNK;
 #pragma unroll
         for (int u = 0; u < COUNT; u++) {
-            int chunk = begin + u * WARPS;
+            // Without a branch: what is no candidate counts in bin 0, which nobody reads.
 #pragma unroll
-            for (int t = 0; t < PAIRS; t++) count_entries(s.counts, entry[u][t]);
-            if (COUNT == 1 || chunk < chunks) store_entries(s.scores() + chunk * CHUNK, entry[u]);
+            for (int t = 0; t < TOKENS; t++) atomicAdd(s.counts + entry[u][t], 1);
+            if (ALL || begin + u * WARPS < chunks) store_entries(to + u * WARPS * CHUNK, entry[u]);
         }
     }
 };
 
 // Entries of this block's tokens, and their counts. `loaded`: the first signatures are in `key`.
-__device__ __forceinline__ void score(const Arguments& a, Shared& s, const Row& row, int first, int segment, int request, int head, int base, Keys& key, bool loaded) {
+__device__ __forceinline__ void score(const Arguments& a, Shared& s, const Words& words, const Row& row, int first, int segment, int request, int head, int base, Keys& key, bool loaded) {
     int limit = min(row.local_begin, first + segment), chunks = (max(0, limit - first) + CHUNK - 1) / CHUNK, begin = threadIdx.x >> 5;
-    Scorer scorer(s, base);
+    Scorer scorer(words, base);
     if constexpr (HELD) {
         if (PAGED) {
             await_copies();
@@ -248,23 +251,21 @@ __device__ __forceinline__ void score(const Arguments& a, Shared& s, const Row& 
 #pragma unroll
             for (int l = 0; l < LOADS; l++) key[l] = reinterpret_cast<const uint4*>(s.keys)[(chunk * LOADS + l) * 32 + (threadIdx.x & 31)];
         };
-        int piece = piece_of(chunks);
+        int piece = piece_of(chunks), arrived = 0, number = 0;
 #pragma unroll 1
-        for (int number = 0; begin < chunks; number++) {
-            if (!PAGED) Inbox(s).await(KEYS + number);
-            int stop = min(chunks, (number + 1) * piece);
-#pragma unroll 1
-            for (; begin + (TOGETHER - 1) * WARPS < stop; begin += TOGETHER * WARPS) {
+        while (begin < chunks) {
+            if (!PAGED && begin >= arrived) Inbox(s).await(KEYS + number++), arrived += piece;
+            if (begin + (TOGETHER - 1) * WARPS < chunks) {
                 uint4 some[TOGETHER][LOADS];
 #pragma unroll
                 for (int u = 0; u < TOGETHER; u++) load(begin + u * WARPS, some[u]);
-                scorer.enter<TOGETHER>(s, row, some, first, limit, begin, chunks);
-            }
-#pragma unroll 1
-            for (; begin < stop; begin += WARPS) {
+                scorer.enter<TOGETHER, true>(s, row, some, first, limit, begin, chunks);
+                begin += TOGETHER * WARPS;
+            } else {
                 uint4 one[1][LOADS];
                 load(begin, one[0]);
-                scorer.enter<1>(s, row, one, first, limit, begin, chunks);
+                scorer.enter<1, true>(s, row, one, first, limit, begin, chunks);
+                begin += WARPS;
             }
         }
     } else {
@@ -274,7 +275,7 @@ __device__ __forceinline__ void score(const Arguments& a, Shared& s, const Row& 
 #pragma unroll
             for (int v = 0; v < UNROLL; v += TOGETHER) {
                 if (begin + v * WARPS >= chunks) break;
-                scorer.enter<TOGETHER>(s, row, key + v, first, limit, begin + v * WARPS, chunks);
+                scorer.enter<TOGETHER, false>(s, row, key + v, first, limit, begin + v * WARPS, chunks);
             }
         }
     }
@@ -285,13 +286,16 @@ __device__ __forceinline__ void score(const Arguments& a, Shared& s, const Row& 
 
 #if MODE == 3
 // The newest token's entry, where it is a candidate: its signature is made by this very launch, so no load may look for it.
-__device__ void score_newest(Shared& s, int offset, int base) {
+__device__ void score_newest(Shared& s, const Words& words, int offset, int base) {
     if (threadIdx.x) return;
     int entry = 0;
+#pragma unroll
     for (int c = 0; c < MIXED; c++) {
-        const uint32_t* planes = s.planes + c * CODE;
-        int sum = raise_of(s.planes, c) - base;
-        for (int i = 0; i < PLANES * WORDS; i++) sum += SCALE * __popc(planes[WORDS + i] & (s.newest()[i % WORDS] ^ planes[i % WORDS])) << i / WORDS;
+        int sum = raise_of(words, c) - base;
+#pragma unroll
+        for (int i = 0; i < SLOTS * WORDS; i++) {
+            sum += SCALE * weight_of(i / WORDS) * __popc(words.slot(c, i / WORDS, i % WORDS) & (s.newest()[i % WORDS] ^ words.sign(c, i % WORDS)));
+        }
         entry = max(entry, min(BINS - 1, sum));
     }
     s.scores()[offset] = entry;

@@ -8,9 +8,9 @@
 #if MODE == 3
 typedef Encoder<ROWS * HEAD_DIM, COLUMNS> QueryEncoder;
 
-// The code of this row to s.planes in every block. `ask_keys` and `ask_more` run on the way.
+// The code of this row, in every warp of every block. `ask_keys` and `ask_more` run on the way.
 template <typename AskKeys, typename AskMore>
-__device__ __forceinline__ void encode_query(QueryEncoder& query, const Inbox& inbox, Shared& s, int rank, AskKeys ask_keys, AskMore ask_more) {
+__device__ __forceinline__ void encode_query(QueryEncoder& query, const Inbox& inbox, Shared& s, Words& words, int rank, AskKeys ask_keys, AskMore ask_more) {
     Workspace work(s.scratch());
     // Long rows ask first, short ones where most warps wait.
     if (THREADS > 256) ask_keys();
@@ -34,23 +34,23 @@ __device__ __forceinline__ void encode_query(QueryEncoder& query, const Inbox& i
     MARK(3);
     query.last_sums(work);
     __syncthreads();
-    query.share_last(inbox, work, rank);
+    query.share_last(inbox, work, s.logits, rank);
     ask_more();
+    // All of this block's sums are sent by then: from here on the workspace is the scores'.
     inbox.await(LOGITS);
     MARK(4);
-    query.finish_last(work);
-    __syncthreads();
-    if (threadIdx.x < 32) quantise(work.logits, [&](int i, uint32_t word) { s.planes[i] = word; });
-    __syncthreads();
+    float logits[COLUMNS / 32];
+    query.finish_last(s.logits, logits);
+    quantise(logits, [&](int i, uint32_t word) { words.of[i] = word; });
     MARK(5);
 }
 #endif
 
-__device__ __forceinline__ Border select_row(const Inbox& inbox, const Arguments& a, Shared& s, int rank, const Row& row, const Row& older, int first, int segment, int request, int head) {
+__device__ __forceinline__ Border select_row(const Inbox& inbox, const Arguments& a, Shared& s, const Words& words, int rank, const Row& row, const Row& older, int first, int segment, int request, int head) {
     Keys key;
     // Entries tell 126 scores above the base apart: the best, or those from the middle up where there are many. The border may lie
     // below them or among the ones that are all 127: then the base moves there.
-    int largest = largest_score(s.planes), base = max(-1, min(largest - 127, largest / 2));
+    int largest = largest_score(words), base = max(-1, min(largest - 127, largest / 2));
     bool newest = older.local_begin < row.local_begin && row.stop - 1 >= first && row.stop - 1 < first + segment;
 #if MODE == 3
     if (newest) write_signature(a, s.scratch(), s.newest(), request, head);
@@ -62,11 +62,11 @@ __device__ __forceinline__ Border select_row(const Inbox& inbox, const Arguments
             if (threadIdx.x < BINS) s.counts[threadIdx.x] = 0;
             __syncthreads();
         }
-        score(a, s, older, first, segment, request, head, base, key, false);
+        score(a, s, words, older, first, segment, request, head, base, key, false);
         __syncthreads();
 #if MODE == 3
         if (newest) {
-            score_newest(s, row.stop - 1 - first, base);
+            score_newest(s, words, row.stop - 1 - first, base);
             __syncthreads();
         }
 #endif
@@ -156,12 +156,14 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
             if (selects && !HELD) prefetch(a, row, first, segment, request, head);
         };
         auto ask_more = [&] {
+            if (MODE != 1 && !REREAD) at.prepare(a, request, head);
 #if REMAINDER
             if (ASK_FIRST) ask_remainder(a, s, request, head);
 #endif
         };
+        Words words;
 #if MODE == 3
-        encode_query(query, inbox, s, rank, ask, ask_more);
+        encode_query(query, inbox, s, words, rank, ask, ask_more);
 #else
         // Where the newest token is a candidate, the launch before may still be signing it.
         bool unsigned_yet = MODE == 0 && row.local_begin == row.stop;
@@ -176,10 +178,11 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
             ask();
         }
         __syncthreads();
+        words.load(s.planes);
 #endif
         MARK(6);
         Border border = {BINS, 0, 0, 0, 0};
-        if (selects) border = select_row(inbox, a, s, rank, row, older, first, segment, request, head);
+        if (selects) border = select_row(inbox, a, s, words, rank, row, older, first, segment, request, head);
         else if (MODE != 3) await_first();
         MARK(9);
 #if REMAINDER
@@ -198,18 +201,17 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
             if (rank == 0 && threadIdx.x == 0) a.counts[row_id] = count;
             return;
         }
-        if (!REREAD) at.prepare(a, request, head);
         // The row's tokens go round the blocks, the sink's first.
-        if (threadIdx.x == 0) inbox.expect(LIST, 4 * (own_of(sink + border.heavy, rank) - own_of(sink, rank)));
+        int sinks = own_of(sink, rank), others = own_of(sink + border.heavy, rank) - sinks;
+        if (threadIdx.x == 0) inbox.expect(LIST, 4 * others);
         if (selects) compact_row(s, border, first, segment, [&](int heavy, int token) {
             int nth = sink + heavy;
             inbox.send(LIST, nth % BLOCKS, s.list + nth / BLOCKS, token);
         });
 #pragma unroll 1
-        for (int i = threadIdx.x; i < length; i += THREADS) {
-            int nth = i * BLOCKS + rank;
-            if (nth < sink) s.list[i] = row.begin + nth;
-            else if (nth >= sink + border.heavy) s.list[i] = row.local_begin + nth - sink - border.heavy;
+        for (int i = threadIdx.x; i < length - others; i += THREADS) {
+            int slot = i < sinks ? i : i + others, nth = slot * BLOCKS + rank;
+            s.list[slot] = nth < sink ? row.begin + nth : row.local_begin + nth - sink - border.heavy;
         }
         MARK(10);
 #if REMAINDER

@@ -102,6 +102,12 @@ def planes_of(levels: int) -> int:
     return max(levels, 1).bit_length()
 
 
+def slots_of(levels: int, bits: int) -> int:
+    """Slots of a weight's magnitude: `SLOTS` of common.cuh."""
+    planes = planes_of(levels)
+    return 4 if planes == 3 and bits > 32 else planes
+
+
 def describe(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Map:
     """The inputs ``[B, H, 1, in]`` and the map of one code."""
     pointers = (POINTER * 3)(*map(_pointer, weights)), (POINTER * 3)(*map(_pointer, biases))
@@ -124,7 +130,7 @@ def encode(
     *,
     carveout: int,
 ) -> None:
-    """Queries ``[B, H, 1, in]`` to bit `planes` ``[B, H, M, P, W]`` of M codes (int64: a word, and 1 above it once it
+    """Queries ``[B, H, 1, in]`` to `planes` ``[B, H, M, S, W]`` of M codes (signs and slots; int64: a word, and 1 above it once it
     is there), and, if given, the new key (k, weights, biases, cache, end, block table) to its signature. The step after
     it starts on what multiprocessors this launch leaves free, which are divided by `carveout`, as `carveout_of` has it.
     """

@@ -88,10 +88,9 @@ __device__ __forceinline__ uint64_t encode_wide(const Arguments& a, Shared& s, c
         post_logits<decltype(query)::GROUPS2>(work.sums, tag, [&](int i) { return board.query(rank, i); });
         await_logits(bias, tag, [&](int block, int i) { return board.query(block, i); });
         MARK(4);
-#pragma unroll
-        for (int w = 0; w < WORDS; w++) work.logits[w * 32 + lane] = bias[w];
-        __syncwarp();
-        quantise(work.logits, [&](int i, uint32_t word) { s.planes[i] = word; });
+        quantise(bias, [&](int i, uint32_t word) {
+            if (lane == 0) s.planes[i] = word;
+        });
     } else if (warp == 1 && has_key) {
         post_logits<decltype(key)::GROUPS2>(key_work.sums, tag, [&](int i) { return board.key(rank, i); });
         if (signs || keeps) {
@@ -114,16 +113,18 @@ __device__ __forceinline__ uint64_t encode_wide(const Arguments& a, Shared& s, c
 
 // `older`: the row without its newest token, where that is a candidate; `newest`: where it is one of this block's.
 __device__ __forceinline__ Border select_wide(const Arguments& a, Shared& s, const Board& board, uint64_t tag, const Row& row, const Row& older, bool newest, int first, int segment, int request, int head, int rank, Keys& key) {
-    int largest = largest_score(s.planes), base = max(-1, min(largest - 127, largest / 2));
+    Words words;
+    words.load(s.planes);
+    int largest = largest_score(words), base = max(-1, min(largest - 127, largest / 2));
     for (int round = 0;; round++) {
         if (round) {
             for (int i = threadIdx.x; i < BINS; i += THREADS) s.counts[i] = 0;
             __syncthreads();
         }
-        score(a, s, older, first, segment, request, head, base, key, !round);
+        score(a, s, words, older, first, segment, request, head, base, key, !round);
         __syncthreads();
         if (newest) {
-            score_newest(s, row.stop - 1 - first, base);
+            score_newest(s, words, row.stop - 1 - first, base);
             __syncthreads();
         }
         MARK(7);
