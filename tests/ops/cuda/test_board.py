@@ -76,3 +76,12 @@ def test_a_capture_without_an_eager_step_zeroes_its_own() -> None:
     library.captures[7] = 5
     found, _ = board.find_board(library, CPU, 7, 2, 10)
     assert not found.any()
+
+
+def test_codes_are_found_as_they_were_left_whatever_they_are_words_of() -> None:
+    library = Library("encode")
+    words = board.find_codes(library, CPU, 7, 40)
+    assert words.dtype == torch.int64 and words.shape == (40,) and not words.any()
+    assert board.find_codes(Library("encode of other maps"), CPU, 7, 40).data_ptr() == words.data_ptr()
+    others = board.find_codes(library, CPU, 9, 40), board.find_codes(library, CPU, 7, 41)
+    assert len({each.data_ptr() for each in (words, *others)}) == 3

@@ -274,6 +274,26 @@ def test_codes_of_an_earlier_launch_are_never_taken(batch, tokens, options):
             assert torch.equal(out, one)
 
 
+def test_a_step_that_fails_leaves_no_codes_to_the_next(monkeypatch):
+    """Codes are words with marks in memory that every step finds zero and leaves so."""
+    from hashattention.ops import cuda
+
+    made = make(8, 8192)
+    wanted = ops.decode(**made, backend="cuda")[0]
+
+    def fail(*given, **named):
+        raise RuntimeError("no launch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "launch", fail)
+        with pytest.raises(RuntimeError, match="no launch"):
+            ops.decode(**made | {"q": torch.randn_like(made["q"])}, backend="cuda")
+    torch.cuda.synchronize()
+    held = [words for (place, *_), words in cuda.board._boards.items() if place[0] == "codes"]
+    assert held and not any(words.any() for words in held)
+    assert torch.equal(ops.decode(**made, backend="cuda")[0], wanted)
+
+
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 4096), (2, 40960), (8, 8192), (40, 4096)])
 def test_a_newest_key_that_is_no_local_token_competes_by_its_own_signature(batch, tokens):
     """Made by the same launch or the one that the step starts under; at its place lies what a replay before left. Half
@@ -287,7 +307,8 @@ def test_a_newest_key_that_is_no_local_token_competes_by_its_own_signature(batch
     wanted = []
     for key, q in zip(keys, queries, strict=True):
         made["k"][:, :, -1:], made["q"][:] = key, q
-        ops.write_signature(*new_key, made["signatures"], made["end"] - 1)
+        # The signature that the step itself makes: another kernel may round a bit of it the other way.
+        ops.decode(**made, new_key=new_key, backend="cuda")
         wanted.append(ops.decode(**made, backend="cuda")[0])
     made["signatures"][:, :, -1] = 0
     outs = []
@@ -300,9 +321,7 @@ def test_a_newest_key_that_is_no_local_token_competes_by_its_own_signature(batch
     for _ in range(5):
         graph.replay()
         for out, one in zip(outs, wanted, strict=True):
-            # A weight of the newest signature may round the other way where it is made in the step.
-            heads = (out.float() - one.float()).abs().amax((2, 3)) > 0.02 * one.float().abs().max()
-            assert heads.float().mean() < 0.05
+            assert torch.equal(out, one)
 
 
 def test_an_odd_length_is_refused_by_name_and_served_by_choice():

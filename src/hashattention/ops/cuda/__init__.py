@@ -25,7 +25,7 @@ from hashattention.ops.cuda.layout import (
     require,
 )
 from hashattention.ops.cuda.parts import attend, score_select
-from hashattention.ops.cuda.step import Map, count_processors, describe, encode, fuses, launch, slots_of
+from hashattention.ops.cuda.step import Map, count_processors, describe, encode, fuses, launch
 from hashattention.ops.shapes import Remainder, mixture_in
 
 __all__ = ["attend", "decode", "decode_step", "refuse", "score_select"]
@@ -204,12 +204,14 @@ def decode_step(
     chosen = require(
         choose(0, heads * batch, tokens, capacity, outputs, mixture, known, signature, forced=shape), tokens
     )
-    held = batch, heads, mixture, slots_of(levels, bits) + 1, bits // 32
-    planes = torch.empty(held, dtype=torch.int64, device=q.device)
     fresh = (*new_key, signatures, end, block_table) if new_key else None
-    encode(x, weights, biases, levels, planes, fresh, carveout=carveout_of(chosen))
-    tensors["planes"] = planes
-    run(0, shape=chosen)
+    planes = tensors["planes"] = encode(x, weights, biases, levels, mixture, fresh, carveout=carveout_of(chosen))
+    try:
+        run(0, shape=chosen)
+    except BaseException:
+        # Nobody takes these codes any more.
+        planes.zero_()
+        raise
     return out, logsumexp
 
 

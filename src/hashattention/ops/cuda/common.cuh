@@ -128,7 +128,7 @@ struct Map {
 };
 
 struct Arguments {
-    const void* planes;           // [B, H, MIXED, SLOTS + 1, WORDS]: the signs, then the magnitude's slots, as encode.cu has them; MODE 1: a code
+    void* planes;                 // [B, H, MIXED, SLOTS + 1, WORDS]: the signs, then the magnitude's slots, as encode.cu has them; MODE 1: a code
     uint32_t* signatures;         // dense [B, H, T, WORDS] or pages [P, H, N, WORDS]
     const int* start;             // [B]
     const int* end;               // [B]
@@ -157,6 +157,12 @@ struct Arguments {
 
 struct Row {
     int begin, sink_stop, local_begin, stop, heavy;
+};
+
+// The part of a row's candidates that a block scores, in whole chunks.
+struct Segment {
+    int first, tokens;
+    bool any;       // whether there is anything to select in the row
 };
 
 // A row's bounds as they are given, asked for where this stands and waited for where they are used.

@@ -3,11 +3,12 @@
 // rounding leaves of it, so that they lose next to nothing. All weights are asked for before the first product.
 // Built with: QUERY_IN, KEY_IN (0: no keys), HIDDEN0, HIDDEN1 (0: none), WORDS, LEVELS (0: bit code), PLANES, MIXED, BLOCKS, HALF, TILE (requests of a cluster: 16 or 32),
 // and what common.cuh asks for.
+#include "capture.cuh"
 #include "messages.cuh"
 
 struct Batch {
     Map query, key;
-    uint64_t* planes;             // [B, H, MIXED, SLOTS + 1, WORDS]: a word, and 1 above it when it is there
+    uint64_t* planes;             // [B, H, MIXED, SLOTS + 1, WORDS]: zeros; a word, and 1 above it once it is there, until the step has taken it
     uint32_t* signatures;         // cache, dense [B, H, T, WORDS] or pages [P, H, N, WORDS]
     const int* position;          // [B]: one past the token whose signature is written
     const int* table;             // [B, M] or null
@@ -187,16 +188,7 @@ __device__ __forceinline__ void encode(const Batch& a, const Map& map, int head,
     // Every block must run when another sends to it.
     arrive_first();
     auto code_of = [&](int request) { return a.planes + (int64_t(request) * a.query.heads + head) * MIXED * CODE; };
-    if (!KEY && threadIdx.x < 32) {
-        // What an earlier launch left there is gone before the step starts.
-        for (int i = threadIdx.x; i < SHARE * MIXED * CODE; i += 32) {
-            int request = first + rank * SHARE + i / (MIXED * CODE);
-            if (request < a.batch) code_of(request)[i % (MIXED * CODE)] = 0;
-        }
-        asm volatile("fence.acq_rel.gpu;" ::: "memory");
-        __syncwarp();
-    }
-    // It may start now, on what room there is: it waits for the codes where it needs them.
+    // The step may start now, on what room there is: it waits for the codes where it needs them.
     if (threadIdx.x == 0) cudaTriggerProgrammaticLaunchCompletion();
     uint4 *slice1 = weights + IN * COLUMNS0 / 8, *slice2 = slice1 + HIDDEN0 * COLUMNS1 / 8;
     for (int i = threadIdx.x; i < TILE * IN / 8; i += THREADS) {

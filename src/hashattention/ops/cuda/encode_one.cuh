@@ -20,6 +20,29 @@ __device__ __forceinline__ void add_products(float (&sum)[8], float x, const uin
     sum[4] += x * c.x, sum[5] += x * c.y, sum[6] += x * d.x, sum[7] += x * d.y;
 }
 
+// Sums over a warp's lanes, of which those LANES apart hold the same 8 columns, to LANES * 8 floats: a lane halves the columns that it
+// holds at each step, 7 shuffles where a butterfly of all takes 24.
+template <int LANES>
+__device__ __forceinline__ void sum_lanes(float (&sum)[8], float* to) {
+    constexpr int LEFT = LANES > 32 ? 8 : LANES > 4 ? LANES / 4 : 1;
+    int lane = threadIdx.x & 31, column = 0;
+#pragma unroll
+    for (int half = 4, step = 16; half >= LEFT; half /= 2, step /= 2) {
+        bool upper = lane & step;
+        column = column * 2 + upper;
+#pragma unroll
+        for (int w = 0; w < half; w++) {
+            float kept = upper ? sum[w + half] : sum[w], sent = upper ? sum[w] : sum[w + half];
+            sum[w] = kept + __shfl_xor_sync(~0u, sent, step);
+        }
+    }
+#pragma unroll
+    for (int step = 2; step >= LANES; step /= 2) sum[0] += __shfl_xor_sync(~0u, sum[0], step);
+    if (LANES < 4 && (lane & 3) >= LANES) return;
+#pragma unroll
+    for (int w = 0; w < LEFT; w++) to[threadIdx.x % LANES * 8 + column * LEFT + w] = sum[w];
+}
+
 // What the encoding of one code keeps in shared memory.
 struct Workspace {
     float* sums;      // partial sums of one stage: SUMS
@@ -36,8 +59,10 @@ struct Encoder {
     static constexpr int SEGMENTS0 = OWN0 / 8, AT_ONCE0 = THREADS / SEGMENTS0, EACH0 = (IN + AT_ONCE0 - 1) / AT_ONCE0;
     static constexpr int LANES1 = HIDDEN1 ? HIDDEN1 / 8 : 1, AT_ONCE1 = THREADS / LANES1, EACH1 = HIDDEN1 ? (OWN0 + AT_ONCE1 - 1) / AT_ONCE1 : 1;
     static constexpr int LANES2 = OUT / 8, AT_ONCE2 = THREADS / LANES2, EACH2 = (OWN_LAST + AT_ONCE2 - 1) / AT_ONCE2;
-    static constexpr int GROUPS1 = OWN0 < AT_ONCE1 ? OWN0 : AT_ONCE1, GROUPS2 = OWN_LAST < AT_ONCE2 ? OWN_LAST : AT_ONCE2;
-    static_assert(OWN0 % 8 == 0 && OWN0 <= 64 && OWN1 <= 64 && GROUPS1 * HIDDEN1 <= Workspace::SUMS && GROUPS2 * OUT <= Workspace::SUMS && OUT <= THREADS && THREADS >= HIDDEN0 && THREADS >= HIDDEN1, "too wide");
+    // Sums of the later stages, one a warp, or one of several warps for more than 256 columns.
+    static constexpr int parts(int rows, int lanes) { return rows * lanes / (lanes > 32 ? lanes : 32); }
+    static constexpr int PARTS1 = parts(OWN0 < AT_ONCE1 ? OWN0 : AT_ONCE1, LANES1), PARTS2 = parts(OWN_LAST < AT_ONCE2 ? OWN_LAST : AT_ONCE2, LANES2);
+    static_assert(OWN0 % 8 == 0 && OWN0 <= 64 && OWN1 <= 64 && PARTS1 * HIDDEN1 <= Workspace::SUMS && PARTS2 * OUT <= Workspace::SUMS && PARTS2 > 0 && OUT <= THREADS && THREADS >= HIDDEN0 && THREADS >= HIDDEN1, "too wide");
     uint4 weights0[EACH0], weights1[EACH1], weights2[EACH2];
     Short x[EACH0];
     float bias0, bias1, bias2[OUT / 32];
@@ -75,28 +100,10 @@ struct Encoder {
 
     // Every warp's sums of the first stage: sums[warp][OWN0].
     __device__ __forceinline__ void first_sums(Workspace& s) const {
-        int lane = threadIdx.x & 31, column = 0;
         float sum[8] = {};
 #pragma unroll
         for (int i = 0; i < EACH0; i++) add_products(sum, widen(x[i]), weights0[i]);
-        // Lanes with the same columns: halve the columns a lane holds at each step, 7 shuffles where a butterfly of all takes 24.
-        constexpr int LEFT = SEGMENTS0 > 4 ? SEGMENTS0 / 4 : 1;
-#pragma unroll
-        for (int half = 4, step = 16; half >= LEFT; half /= 2, step /= 2) {
-            bool upper = lane & step;
-            column = column * 2 + upper;
-#pragma unroll
-            for (int w = 0; w < half; w++) {
-                float kept = upper ? sum[w + half] : sum[w], sent = upper ? sum[w] : sum[w + half];
-                sum[w] = kept + __shfl_xor_sync(~0u, sent, step);
-            }
-        }
-#pragma unroll
-        for (int step = 2; step >= SEGMENTS0; step /= 2) sum[0] += __shfl_xor_sync(~0u, sum[0], step);
-        if (SEGMENTS0 >= 4 || (lane & 3) < SEGMENTS0) {
-#pragma unroll
-            for (int w = 0; w < LEFT; w++) s.sums[(threadIdx.x >> 5) * OWN0 + lane % SEGMENTS0 * 8 + column * LEFT + w] = sum[w];
-        }
+        sum_lanes<SEGMENTS0>(sum, s.sums + (threadIdx.x >> 5) * OWN0);
     }
 
     __device__ __forceinline__ void finish_first(Workspace& s) const {
@@ -107,29 +114,29 @@ struct Encoder {
         s.hidden[threadIdx.x] = silu(total);
     }
 
-    // Products of this block's rows of a later stage: sums[group][columns].
-    template <int LANES, int GROUPS, int OWN, int EACH>
+    // Products of this block's rows of a later stage: sums[COUNT][columns].
+    template <int LANES, int COUNT, int OWN, int EACH>
     __device__ __forceinline__ void later_sums(Workspace& s, const float* hidden, const uint4 (&weights)[EACH]) const {
         int group = threadIdx.x / LANES;
-        if (group >= GROUPS) return;
+        constexpr int EVERY = LANES > 32 ? LANES : 32;
+        if (threadIdx.x >= COUNT * EVERY) return;
         float sum[8] = {};
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             int row = group + i * (THREADS / LANES);
             if (row < OWN) add_products(sum, hidden[row], weights[i]);
         }
-        float4* to = reinterpret_cast<float4*>(s.sums + (group * LANES + threadIdx.x % LANES) * 8);
-        to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]), to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+        sum_lanes<LANES>(sum, s.sums + threadIdx.x / EVERY * LANES * 8);
     }
 
-    __device__ __forceinline__ void second_sums(Workspace& s) const { later_sums<LANES1, GROUPS1, OWN0>(s, s.hidden, weights1); }
+    __device__ __forceinline__ void second_sums(Workspace& s) const { later_sums<LANES1, PARTS1, OWN0>(s, s.hidden, weights1); }
 
     // Hand this block's sums of every column to the block that owns it.
     __device__ __forceinline__ void share_second(const Inbox& inbox, Workspace& s, int rank) const {
         for (int i = threadIdx.x; i < HIDDEN1; i += THREADS) {
             float total = 0;
 #pragma unroll
-            for (int g = 0; g < GROUPS1; g++) total += s.sums[g * HIDDEN1 + i];
+            for (int w = 0; w < PARTS1; w++) total += s.sums[w * HIDDEN1 + i];
             constexpr int OWN = OWN1 ? OWN1 : 1;
             inbox.send(SECOND, i / OWN, s.received + rank * OWN + i % OWN, total);
         }
@@ -143,7 +150,7 @@ struct Encoder {
         s.hidden[64 + threadIdx.x] = silu(total);
     }
 
-    __device__ __forceinline__ void last_sums(Workspace& s) const { later_sums<LANES2, GROUPS2, OWN_LAST>(s, s.hidden + (HIDDEN1 ? 64 : 0), weights2); }
+    __device__ __forceinline__ void last_sums(Workspace& s) const { later_sums<LANES2, PARTS2, OWN_LAST>(s, s.hidden + (HIDDEN1 ? 64 : 0), weights2); }
 
     // Hand this block's sums of every logit to every block.
     __device__ __forceinline__ void share_last(const Inbox& inbox, const Workspace& s, float* logits, int rank) const {
@@ -154,7 +161,7 @@ struct Encoder {
         }
         float total = 0;
 #pragma unroll
-        for (int g = 0; g < GROUPS2; g++) total += s.sums[g * OUT + column];
+        for (int w = 0; w < PARTS2; w++) total += s.sums[w * OUT + column];
 #pragma unroll
         for (int to = threadIdx.x / OUT; to < BLOCKS; to += TURNS) inbox.send(LOGITS, to, logits + rank * OUT + column, total);
     }

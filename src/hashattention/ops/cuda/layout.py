@@ -32,9 +32,8 @@ SHAPES = ((256, 16), (256, 8), (256, 4), (256, 2), (256, 1))
 #: Blocks a row -> rows whose clusters find a multiprocessor for every block: a cluster lies in one of eight groups of
 #: 16 or 18 multiprocessors, less those that are switched off.
 ALONE = {16: 7, 8: 14, 4: 30, 2: 64, 1: 132}
-#: Slots of a cache from which on 384 threads are faster than 256: on one H100, 8 KV heads, 64 bits, 21.2 us against
-#: 21.7 at 128K, and 16.5 against 16.1 at 64K.
-MORE_THREADS_SLOTS = 1 << 17
+#: Slots from which on signatures in pages are not copied to shared memory.
+PAGED_SLOTS = 1 << 17
 #: Slots from which on a row is spread over 16 blocks where every cluster of so many finds room: 2 KV heads on one H100,
 #: 16.1 us against 18.8 at 128K, 11.7 against 11.9 at 32K, 11.0 against 10.5 at 4K.
 SPREAD_SLOTS = 1 << 15
@@ -107,9 +106,8 @@ def fit(
     parts = 0 if mode == 1 else threads // 32 * (outputs + 16) * 4
     rest = max(segment, parts, workspace * 4)
     resident = residents(mode, threads, blocks, rows)
-    shared = (
-        INBOX_BYTES + blocks * (128 * 2 + 64) + 128 * 4 + 128 + 128 * mixture + (outputs + logits + slots) * 4 + known + rest
-    )
+    messages = INBOX_BYTES + blocks * (128 * 2 + 64) + (outputs + logits) * 4
+    shared = messages + 128 * 4 + 128 + 128 * mixture + slots * 4 + known + rest
     held = segment * signature
     if resident > 1 or shared + held + BLOCK_BYTES > SHARED_BYTES:
         held = 0
@@ -189,8 +187,7 @@ def choose_fused(
             return shape
     many = tokens >= SPREAD_SLOTS and clusters_of(heads, batch, 16) <= ALONE[16]
     blocks = 16 if many else 8
-    few = 384 if tokens // blocks >= MORE_THREADS_SLOTS // 8 else 256
-    threads = 512 if max(hidden) > 256 else few
+    threads = 512 if max(hidden) > 256 else 256
     # A query's workspace (`Workspace` of encode_one.cuh), or what the encoding of a key takes in its place.
     workspace = max(_query_workspace(hidden), threads * 8 + head_dim + sum(hidden) + bits)
     size = functools.partial(fit, mixture=mixture, known=known, signature=held_signature(tokens, bits, paged))
@@ -202,7 +199,7 @@ def held_signature(tokens: int, bits: int, paged: bool) -> int:
     """Bytes of a signature that shared memory may hold: from pages they come 16 bytes at a time, too many instructions
     where there are many.
     """
-    return 0 if paged and tokens >= MORE_THREADS_SLOTS else bits // 8
+    return 0 if paged and tokens >= PAGED_SLOTS else bits // 8
 
 
 def encode_blocks(query_in: int, key_in: int, hidden: list[int], bits: int, mixture: int = 1) -> int | None:

@@ -151,37 +151,40 @@ __device__ __forceinline__ void load_keys(const Arguments& a, const Row& row, in
     }
 }
 
-constexpr int TOGETHER = 4;
+constexpr int TOGETHER = HELD && RESIDENT == 1 && THREADS <= 256 ? 8 / LOADS : 4;
 // Chunks of a piece: whole turns of all warps.
 __device__ __forceinline__ int piece_of(int chunks) {
     constexpr int TURN = WARPS * TOGETHER;
     return (chunks + TURN * PIECES - 1) / (TURN * PIECES) * TURN;
 }
 
-// Ask for all of this block's signatures, to shared memory.
+constexpr int ROUND = 4 / WORDS;    // tokens of 16 bytes
+
+// How many of a block's tokens are candidates.
+__device__ __forceinline__ int count_candidates(const Row& row, int first, int segment) { return max(0, min(segment, row.local_begin - first)); }
+
+// Ask for all of this block's signatures, to shared memory: the warp that opened the inbox, a lane a piece.
 __device__ __forceinline__ void ask_keys(const Arguments& a, Shared& s, const Row& row, int first, int segment, int request, int head) {
-    constexpr int ROUND = 4 / WORDS;    // tokens of 16 bytes
-    int tokens = max(0, min(segment, row.local_begin - first)), all = (tokens + ROUND - 1) / ROUND * ROUND;
-    if (PAGED) {
-        // Pages are short: 16 bytes a thread at a time, so many that the page numbers of all are on their way at once.
-        constexpr int EACH = 8;
-        for (int begin = threadIdx.x * ROUND; begin < all; begin += THREADS * ROUND * EACH) {
-#pragma unroll
-            for (int u = 0; u < EACH; u++) {
-                int at = begin + u * THREADS * ROUND;
-                const uint32_t* from = a.signatures + place_signature(a, request, head, first + min(at, all - ROUND));
-                if (at < all) copy_async(s.keys + at * WORDS * 4, from);
-            }
-        }
-        return;
-    }
-    // A lane a piece, of a warp that has nothing else to do; before the first barrier of the block, of the one that opened the inbox.
-    int number = THREADS > 256 || MODE != 3 ? threadIdx.x : threadIdx.x - (THREADS - 32);
-    int piece = piece_of((tokens + CHUNK - 1) / CHUNK) * CHUNK, from = number * piece, bytes = min(piece, all - from) * WORDS * 4;
-    if (number < 0 || number >= PIECES || bytes <= 0) return;
+    int tokens = count_candidates(row, first, segment), all = (tokens + ROUND - 1) / ROUND * ROUND;
+    int number = threadIdx.x & 31, piece = piece_of((tokens + CHUNK - 1) / CHUNK) * CHUNK, from = number * piece, bytes = min(piece, all - from) * WORDS * 4;
+    if (number >= PIECES || bytes <= 0) return;
     Inbox inbox(s);
     inbox.expect(KEYS + number, bytes);
     inbox.copy(KEYS + number, s.keys + from * WORDS * 4, a.signatures + place_signature(a, request, head, first) + int64_t(from) * WORDS, bytes);
+}
+
+// The same from pages, which are short: every thread, 16 bytes at a time, so many that the page numbers of all are on their way at once.
+__device__ __forceinline__ void ask_pages(const Arguments& a, Shared& s, const Row& row, int first, int segment, int request, int head) {
+    constexpr int EACH = 8;
+    int all = (count_candidates(row, first, segment) + ROUND - 1) / ROUND * ROUND;
+    for (int begin = threadIdx.x * ROUND; begin < all; begin += THREADS * ROUND * EACH) {
+#pragma unroll
+        for (int u = 0; u < EACH; u++) {
+            int at = begin + u * THREADS * ROUND;
+            const uint32_t* from = a.signatures + place_signature(a, request, head, first + min(at, all - ROUND));
+            if (at < all) copy_async(s.keys + at * WORDS * 4, from);
+        }
+    }
 }
 
 // How a row's codes turn signatures into entries: an entry is a candidate's score - `base`, kept within 0..127, and any other token's 0.
@@ -209,8 +212,8 @@ struct Scorer {
         for (int t = 0; t < TOKENS && MIXED > 1; t++) entry[t] = __vimin_s32_relu(entry[t], BINS - 1);
     }
 
-    // COUNT chunks from `begin` on, WARPS apart, so that one's products run under another's; ALL: none of them is beyond the last.
-    template <int COUNT, bool ALL>
+    // COUNT chunks from `begin` on, WARPS apart, so that one's products run under another's.
+    template <int COUNT>
     __device__ __forceinline__ void enter(Shared& s, const Row& row, const uint4 (*key)[LOADS], int first, int limit, int begin, int chunks) const {
         int lane = threadIdx.x & 31;
         int entry[COUNT][TOKENS];
@@ -233,7 +236,7 @@ struct Scorer {
             // Without a branch: what is no candidate counts in bin 0, which nobody reads.
 #pragma unroll
             for (int t = 0; t < TOKENS; t++) atomicAdd(s.counts + entry[u][t], 1);
-            if (ALL || begin + u * WARPS < chunks) store_entries(to + u * WARPS * CHUNK, entry[u]);
+            if (COUNT == 1 || begin + u * WARPS < chunks) store_entries(to + u * WARPS * CHUNK, entry[u]);
         }
     }
 };
@@ -255,18 +258,17 @@ __device__ __forceinline__ void score(const Arguments& a, Shared& s, const Words
 #pragma unroll 1
         while (begin < chunks) {
             if (!PAGED && begin >= arrived) Inbox(s).await(KEYS + number++), arrived += piece;
-            if (begin + (TOGETHER - 1) * WARPS < chunks) {
+            if (begin + WARPS < chunks) {
                 uint4 some[TOGETHER][LOADS];
 #pragma unroll
-                for (int u = 0; u < TOGETHER; u++) load(begin + u * WARPS, some[u]);
-                scorer.enter<TOGETHER, true>(s, row, some, first, limit, begin, chunks);
-                begin += TOGETHER * WARPS;
+                for (int u = 0; u < TOGETHER; u++) load(min(begin + u * WARPS, chunks - 1), some[u]);
+                scorer.enter<TOGETHER>(s, row, some, first, limit, begin, chunks);
             } else {
                 uint4 one[1][LOADS];
                 load(begin, one[0]);
-                scorer.enter<1, true>(s, row, one, first, limit, begin, chunks);
-                begin += WARPS;
+                scorer.enter<1>(s, row, one, first, limit, begin, chunks);
             }
+            begin += TOGETHER * WARPS;
         }
     } else {
         for (; begin < chunks; begin += WARPS * UNROLL) {
@@ -275,7 +277,7 @@ __device__ __forceinline__ void score(const Arguments& a, Shared& s, const Words
 #pragma unroll
             for (int v = 0; v < UNROLL; v += TOGETHER) {
                 if (begin + v * WARPS >= chunks) break;
-                scorer.enter<TOGETHER, false>(s, row, key + v, first, limit, begin + v * WARPS, chunks);
+                scorer.enter<TOGETHER>(s, row, key + v, first, limit, begin + v * WARPS, chunks);
             }
         }
     }

@@ -207,8 +207,8 @@ __device__ __forceinline__ void compact(Shared& s, const Border& b, int first, i
 // Where blocks share a multiprocessor, rows are long, and no code stands beside theirs.
 template <typename Emit>
 __device__ __forceinline__ void compact_row(Shared& s, const Border& b, int first, int segment, Emit emit) {
-    constexpr int MOST = MODE != 3 ? 4 : THREADS > 256 ? 3 : 1;
-    if (MODE != 3 && segment <= 512 * WARPS) compact_once<1>(s, b, first, segment, emit);
+    constexpr int MOST = 4;
+    if (segment <= 512 * WARPS) compact_once<1>(s, b, first, segment, emit);
     else if (RESIDENT == 1 && segment <= 512 * WARPS * MOST) compact_once<MOST>(s, b, first, segment, emit);
     else compact<MOST>(s, b, first, segment, emit);
 }

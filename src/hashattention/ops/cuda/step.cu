@@ -12,13 +12,11 @@ typedef Encoder<ROWS * HEAD_DIM, COLUMNS> QueryEncoder;
 template <typename AskKeys, typename AskMore>
 __device__ __forceinline__ void encode_query(QueryEncoder& query, const Inbox& inbox, Shared& s, Words& words, int rank, AskKeys ask_keys, AskMore ask_more) {
     Workspace work(s.scratch());
-    // Long rows ask first, short ones where most warps wait.
-    if (THREADS > 256) ask_keys();
     MARK(1);
     query.first_sums(work);
     __syncthreads();
     query.finish_first(work);
-    if (THREADS <= 256) ask_keys();
+    ask_keys();
     __syncthreads();
     // From here on blocks send to each other.
     await_first();
@@ -46,8 +44,9 @@ __device__ __forceinline__ void encode_query(QueryEncoder& query, const Inbox& i
 }
 #endif
 
-__device__ __forceinline__ Border select_row(const Inbox& inbox, const Arguments& a, Shared& s, const Words& words, int rank, const Row& row, const Row& older, int first, int segment, int request, int head) {
+__device__ __forceinline__ Border select_row(const Inbox& inbox, const Arguments& a, Shared& s, const Words& words, int rank, const Row& row, const Row& older, const Segment& part, int request, int head) {
     Keys key;
+    int first = part.first, segment = part.tokens;
     // Entries tell 126 scores above the base apart: the best, or those from the middle up where there are many. The border may lie
     // below them or among the ones that are all 127: then the base moves there.
     int largest = largest_score(words), base = max(-1, min(largest - 127, largest / 2));
@@ -95,6 +94,25 @@ __device__ __forceinline__ uint64_t load_word(const uint64_t* from) {
     return word;
 }
 
+// The thread that opens the inbox, in the warp that asks for signatures: where the step encodes, one whose weights may come last.
+constexpr int OPENER = MODE == 3 ? THREADS - 32 : 0;
+
+// The part of a row that this block scores.
+__device__ __forceinline__ Segment part_of(const Row& row, int rank) {
+    int low = row.sink_stop & ~7, candidates = max(0, row.local_begin - low);
+    Segment part;
+    part.tokens = (candidates + BLOCKS * CHUNK - 1) / (BLOCKS * CHUNK) * CHUNK;
+    part.first = low + rank * part.tokens;
+    part.any = row.heavy > 0 && candidates > 0;
+    return part;
+}
+
+// The row as far as its signatures are there: that of the newest token, where it is a candidate, is made by this very launch.
+__device__ __forceinline__ Row signed_part(const Arguments& a, Row row) {
+    if (MODE == 3 && a.key.x != nullptr && row.local_begin == row.stop && row.stop > row.sink_stop) row.local_begin--;
+    return row;
+}
+
 __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(16) char memory[];
     MARK(0);
@@ -114,29 +132,36 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
     // Before anything else: all that follows waits for these. The code comes from a launch that may still run, and behind all that is
     // asked for before it.
     constexpr int CODE_WORDS = MODE == 0 ? MIXED * CODE : 0;
-    const uint64_t* code = static_cast<const uint64_t*>(a.planes) + row_id * CODE_WORDS + threadIdx.x;
+    uint64_t* code = static_cast<uint64_t*>(a.planes) + row_id * CODE_WORDS + threadIdx.x;
     uint64_t word = int(threadIdx.x) < CODE_WORDS ? load_word(code) : 0;
     Bounds bounds;
     if (MODE != 2) bounds.ask(a, request, row_id);
-#if MODE == 3
-    QueryEncoder query;
-    query.load(a.query, request * a.query.x0 + int64_t(head) * a.query.x1, head, rank);
-#endif
-    int length;
-    Place at;
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == OPENER) {
         inbox.open(HELD && !PAGED ? MESSAGES : int(KEYS));
         if (HIDDEN1 > 0) inbox.expect(SECOND, HIDDEN1 * 4);
         if (MODE == 3) inbox.expect(LOGITS, BLOCKS * COLUMNS * 4);
         if (MODE != 1) inbox.expect(PARTS, (ROWS * HEAD_DIM + BLOCKS * ROWS * 2) * 4);
     }
     __syncwarp();
+    if (HELD && !PAGED && threadIdx.x / 32 == OPENER / 32) {
+        Row row = bounds.row(a), older = signed_part(a, row);
+        Segment part = part_of(row, rank);
+        // Where the newest token is a candidate, the launch before may still be signing it.
+        if (MODE == 0 && row.local_begin == row.stop) cudaGridDependencySynchronize();
+        if (part.any) ask_keys(a, s, older, part.first, part.tokens, request, head);
+    }
+#if MODE == 3
+    QueryEncoder query;
+    query.load(a.query, request * a.query.x0 + int64_t(head) * a.query.x1, head, rank);
+#endif
+    int length;
+    Place at;
+    if (MODE != 1 && !REREAD) at.prepare(a, request, head);
     // Waited for before the first message: by then every block runs.
     arrive_first();
     static_assert(THREADS >= BINS, "a bin a thread");
     if (threadIdx.x < BINS) s.counts[threadIdx.x] = 0;
     if (MODE == 2) {
-        if (!REREAD) at.prepare(a, request, head);
         int count = min(a.counts[row_id], a.capacity);
         length = own_of(count, rank);
 #pragma unroll 1
@@ -144,19 +169,14 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         await_first();
     } else {
         if (MODE == 1 && threadIdx.x < 32) read_code(a.planes, row_id, s.planes);
-        Row row = bounds.row(a);
-        int low = row.sink_stop & ~7, candidates = max(0, row.local_begin - low);
-        int segment = (candidates + BLOCKS * CHUNK - 1) / (BLOCKS * CHUNK) * CHUNK, first = low + rank * segment;
-        bool selects = row.heavy > 0 && candidates > 0;
-        // The newest token's signature, where it is a candidate, is made by this very launch: no load may look for it.
-        Row older = row;
-        if (MODE == 3 && a.key.x != nullptr && row.local_begin == row.stop && row.stop > row.sink_stop) older.local_begin--;
+        Row row = bounds.row(a), older = signed_part(a, row);
+        Segment part = part_of(row, rank);
         auto ask = [&] {
-            if (selects && HELD) ask_keys(a, s, older, first, segment, request, head);
-            if (selects && !HELD) prefetch(a, row, first, segment, request, head);
+            if (!part.any || (HELD && !PAGED)) return;
+            if (HELD) ask_pages(a, s, older, part.first, part.tokens, request, head);
+            else prefetch(a, row, part.first, part.tokens, request, head);
         };
         auto ask_more = [&] {
-            if (MODE != 1 && !REREAD) at.prepare(a, request, head);
 #if REMAINDER
             if (ASK_FIRST) ask_remainder(a, s, request, head);
 #endif
@@ -165,7 +185,6 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
 #if MODE == 3
         encode_query(query, inbox, s, words, rank, ask, ask_more);
 #else
-        // Where the newest token is a candidate, the launch before may still be signing it.
         bool unsigned_yet = MODE == 0 && row.local_begin == row.stop;
         if (!unsigned_yet) ask();
         ask_more();
@@ -182,7 +201,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
 #endif
         MARK(6);
         Border border = {BINS, 0, 0, 0, 0};
-        if (selects) border = select_row(inbox, a, s, words, rank, row, older, first, segment, request, head);
+        if (part.any) border = select_row(inbox, a, s, words, rank, row, older, part, request, head);
         else if (MODE != 3) await_first();
         MARK(9);
 #if REMAINDER
@@ -192,7 +211,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         length = own_of(count, rank);
         if (MODE == 1) {
             int* indices = a.indices + row_id * a.capacity;
-            if (selects) compact_row(s, border, first, segment, [&](int heavy, int token) { indices[sink + heavy] = token; });
+            if (part.any) compact_row(s, border, part.first, part.tokens, [&](int heavy, int token) { indices[sink + heavy] = token; });
             for (int i = rank * THREADS + threadIdx.x; i < a.capacity; i += BLOCKS * THREADS) {
                 if (i < sink) indices[i] = row.begin + i;
                 else if (i >= count) indices[i] = -1;
@@ -204,7 +223,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         // The row's tokens go round the blocks, the sink's first.
         int sinks = own_of(sink, rank), others = own_of(sink + border.heavy, rank) - sinks;
         if (threadIdx.x == 0) inbox.expect(LIST, 4 * others);
-        if (selects) compact_row(s, border, first, segment, [&](int heavy, int token) {
+        if (part.any) compact_row(s, border, part.first, part.tokens, [&](int heavy, int token) {
             int nth = sink + heavy;
             inbox.send(LIST, nth % BLOCKS, s.list + nth / BLOCKS, token);
         });
@@ -236,6 +255,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
     MARK(11);
     if (REREAD) at.prepare(a, request, head);
     attend(inbox, a, s, at, rank, length, row_id);
+    // Every block of the row has sent its part, so every block has taken the code: the next launch finds zeros.
+    if (rank == 0 && int(threadIdx.x) < CODE_WORDS) *code = 0;
     // What comes after this launch may read the signatures that the one before it writes.
     if (MODE == 0) cudaGridDependencySynchronize();
 }

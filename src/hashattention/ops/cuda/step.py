@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from hashattention.errors import BackendError
-from hashattention.ops.cuda.board import find_board
+from hashattention.ops.cuda.board import find_board, find_codes
 from hashattention.ops.cuda.build import load
 from hashattention.ops.cuda.layout import PREFETCH_BYTES, PROCESSORS, Shape, encode_blocks, remainder_bytes
 
@@ -125,27 +126,29 @@ def encode(
     weights: list[Tensor],
     biases: list[Tensor],
     levels: int,
-    planes: Tensor,
+    mixture: int,
     new_key: tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor | None] | None = None,
     *,
     carveout: int,
-) -> None:
-    """Queries ``[B, H, 1, in]`` to `planes` ``[B, H, M, S, W]`` of M codes (signs and slots; int64: a word, and 1 above it once it
-    is there), and, if given, the new key (k, weights, biases, cache, end, block table) to its signature. The step after
-    it starts on what multiprocessors this launch leaves free, which are divided by `carveout`, as `carveout_of` has it.
+) -> Tensor:
+    """Queries ``[B, H, 1, in]`` to planes ``[B, H, M, S, W]`` of M codes, which are returned (signs and slots; int64: a
+    word, and 1 above it once it is there), and, if given, the new key (k, weights, biases, cache, end, block table) to
+    its signature. The step after it, which must come and leaves zeros, starts on what multiprocessors this launch
+    leaves free, which are divided by `carveout`, as `carveout_of` has it.
     """
     hidden = [w.shape[-1] for w in weights[:-1]]
-    mixture, bits, query_in = planes.shape[2], planes.shape[4] * 32, weights[0].shape[1]
+    (batch, heads), query_in, bits = q.shape[:2], weights[0].shape[1], weights[-1].shape[-1] // mixture
     key_in = new_key[1][0].shape[1] if new_key else 0
-    blocks, tile = encode_blocks(query_in, key_in, hidden, bits, mixture), 16 if q.shape[0] <= 16 else 32
+    blocks, tile = encode_blocks(query_in, key_in, hidden, bits, mixture), 16 if batch <= 16 else 32
     library = load(
         "encode", QUERY_IN=query_in, KEY_IN=key_in, HIDDEN0=hidden[0], HIDDEN1=hidden[1] if len(hidden) > 1 else 0,
         LEVELS=levels, PLANES=planes_of(levels), WORDS=bits // 32, MIXED=mixture, HALF=int(q.dtype == torch.float16),
         TILE=tile, THREADS=tile * 16, BLOCKS=blocks, HEAD_DIM=64, ROWS=1, PAGED=0, MODE=0, RESIDENT=1,
     )  # fmt: skip
-    arguments = Encode(
-        query=describe(q, weights, biases), planes=planes.data_ptr(), batch=q.shape[0], carveout=carveout
-    )
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    shape = batch, heads, mixture, slots_of(levels, bits) + 1, bits // 32
+    planes = find_codes(library, q.device, stream, math.prod(shape)).view(shape)
+    arguments = Encode(query=describe(q, weights, biases), planes=planes.data_ptr(), batch=batch, carveout=carveout)
     if new_key:
         k, key_weights, key_biases, cache, end, table = new_key
         arguments.key = describe(k, key_weights, key_biases)
@@ -153,8 +156,8 @@ def encode(
         arguments.s0, arguments.s1, arguments.page = cache.stride(0), cache.stride(1), cache.shape[2]
         arguments.table_width = 0 if table is None else table.shape[1]
         arguments.tokens = cache.shape[2] * (1 if table is None else table.shape[1])
-    stream = torch.cuda.current_stream(q.device).cuda_stream
     _check(library.run(ctypes.byref(arguments), int(new_key is not None), POINTER(stream)), "encode")
+    return planes
 
 
 def fuses(

@@ -3,6 +3,7 @@
 #define WIDE 1
 #include "attend.cuh"
 #include "board.cuh"
+#include "capture.cuh"
 #include "encode_one.cuh"
 #include "score.cuh"
 #include "select.cuh"
@@ -17,14 +18,14 @@ __device__ __forceinline__ void load_bias(const float* from, float (&bias)[WORDS
 }
 
 // One warp: this block's sums of all logits, to everybody.
-template <int GROUPS, typename Place>
+template <int COUNT, typename Place>
 __device__ __forceinline__ void post_logits(const float* sums, uint64_t tag, Place place) {
     int lane = threadIdx.x & 31;
     float total[WORDS > 1 ? WORDS : 2] = {};
 #pragma unroll
-    for (int g = 0; g < GROUPS; g++) {
+    for (int from = 0; from < COUNT; from++) {
 #pragma unroll
-        for (int w = 0; w < WORDS; w++) total[w] += sums[g * BITS + w * 32 + lane];
+        for (int w = 0; w < WORDS; w++) total[w] += sums[from * BITS + w * 32 + lane];
     }
 #pragma unroll
     for (int i = 0; i < Board::LOGITS / 32; i++) post(place(i * 32 + lane), join(total[2 * i], total[2 * i + 1]), tag);
@@ -85,14 +86,14 @@ __device__ __forceinline__ uint64_t encode_wide(const Arguments& a, Shared& s, c
     if (has_key) key.last_sums(key_work);
     __syncthreads();
     if (warp == 0) {
-        post_logits<decltype(query)::GROUPS2>(work.sums, tag, [&](int i) { return board.query(rank, i); });
+        post_logits<decltype(query)::PARTS2>(work.sums, tag, [&](int i) { return board.query(rank, i); });
         await_logits(bias, tag, [&](int block, int i) { return board.query(block, i); });
         MARK(4);
         quantise(bias, [&](int i, uint32_t word) {
             if (lane == 0) s.planes[i] = word;
         });
     } else if (warp == 1 && has_key) {
-        post_logits<decltype(key)::GROUPS2>(key_work.sums, tag, [&](int i) { return board.key(rank, i); });
+        post_logits<decltype(key)::PARTS2>(key_work.sums, tag, [&](int i) { return board.key(rank, i); });
         if (signs || keeps) {
             await_logits(bias, tag, [&](int block, int i) { return board.key(block, i); });
             int token = a.end[request] - 1;
@@ -264,13 +265,6 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
 
 // Bytes of a row's board before its list.
 extern "C" int board_bytes() { return Board::LIST; }
-
-// The id of the capture that the stream is in, or 0.
-extern "C" unsigned long long capture_id(cudaStream_t stream) {
-    cudaStreamCaptureStatus status;
-    unsigned long long id = 0;
-    return cudaStreamGetCaptureInfo(stream, &status, &id) == cudaSuccess && status == cudaStreamCaptureStatusActive ? id : 0;
-}
 
 extern "C" int run(const Arguments* a, int heads, int batch, int shared, cudaStream_t stream) {
     static int most = -1;
