@@ -128,8 +128,9 @@ def test_replays_of_a_graph_follow_their_inputs():
         made["signatures"].copy_(random.roll(turn, 2)) if turn % 8 != 5 else made["signatures"].zero_()
         wanted, _ = decode_step(**made)
         if turn % 3 == 2:
-            for (place, *_), held in board._boards.items():
-                rows = held.view(place[2], -1)
+            boards = [(place[0][1], held) for (place, *_), held in board._boards.items() if place[0] != "codes"]
+            for row_bytes, held in boards:
+                rows = held.view(-1, row_bytes)
                 launches = rows[:, :8].clone()
                 rows.random_(0, 256)
                 rows[:, :8] = launches

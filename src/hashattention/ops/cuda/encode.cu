@@ -1,7 +1,7 @@
 // Encode many rows: every head's MLP on the tensor cores, a cluster a head and TILE requests; each block holds a slice of every stage's
 // columns, and the hidden layers go to every block through distributed shared memory as two 16-bit numbers, their value and what
 // rounding leaves of it, so that they lose next to nothing. All weights are asked for before the first product.
-// Built with: QUERY_IN, KEY_IN (0: no keys), HIDDEN0, HIDDEN1 (0: none), WORDS, LEVELS (0: bit code), PLANES, MIXED, BLOCKS, HALF, TILE (requests of a cluster: 16 or 32),
+// Built with: QUERY_IN, KEY_IN (0: no keys), HIDDEN0, HIDDEN1 (0: none), WORDS, LEVELS (0: bit code), PLANES, MIXED, BLOCKS, HALF, TILE (requests of a cluster: 8, 16 or 32),
 // and what common.cuh asks for.
 #include "capture.cuh"
 #include "messages.cuh"
@@ -19,6 +19,8 @@ struct Batch {
 
 constexpr int STAGES = HIDDEN1 ? 3 : 2, LAST = HIDDEN1 ? HIDDEN1 : HIDDEN0, WIDEST_IN = QUERY_IN > KEY_IN ? QUERY_IN : KEY_IN;
 constexpr int COLUMNS0 = HIDDEN0 / BLOCKS, COLUMNS1 = HIDDEN1 / BLOCKS, COLUMNS2 = COLUMNS / BLOCKS, SHARE = TILE / BLOCKS;
+// Tiles of 16 requests, of which a TILE of 8 fills half of one.
+constexpr int REQUEST_TILES = (TILE + 15) / 16;
 // In 16-byte units: the weights, the inputs (later the second hidden layer), the first hidden layer.
 constexpr int WEIGHTS = (WIDEST_IN * COLUMNS0 + HIDDEN0 * COLUMNS1 + LAST * COLUMNS2) / 8;
 constexpr int INPUTS = TILE * (WIDEST_IN > 2 * HIDDEN1 ? WIDEST_IN : 2 * HIDDEN1) / 8, HIDDENS = 2 * TILE * HIDDEN0 / 8;
@@ -58,7 +60,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
 // there are fewer tiles than warps, and ROOM for sums, several warps share the inputs of each, in whole steps: all of them, or two.
 template <int IN, int OUT, bool ROOM>
 struct Tasks {
-    static constexpr int TILES = OUT / BLOCKS / 8, COUNT = TILES * (TILE / 16), EACH = (COUNT + WARPS - 1) / WARPS;
+    static constexpr int TILES = OUT / BLOCKS / 8, COUNT = TILES * REQUEST_TILES, EACH = (COUNT + WARPS - 1) / WARPS;
     static constexpr int SHARING = ROOM && COUNT && WARPS % COUNT == 0 ? WARPS / COUNT : 1;
     static constexpr int PARTS = IN % (32 * SHARING) == 0 ? SHARING : SHARING % 2 == 0 ? 2 : 1;
     static_assert(IN / PARTS % 32 == 0, "whole steps");
@@ -97,9 +99,14 @@ __device__ __forceinline__ void products(const uint4* rows, const uint4* slice, 
                              : "=r"(b0), "=r"(b1) : "r"(shared_address(slice + place<OUT / BLOCKS>(in + (lane & 15), tile))));
 #pragma unroll
                 for (int t = 0; t < TERMS; t++) {
-                    uint32_t a[4];
-                    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                                 : "r"(shared_address(rows + t * (TILE * IN / 8) + place<IN>(first + (lane & 15), in / 8 + (lane >> 4)))));
+                    uint32_t a[4] = {};
+                    auto from = [&](int row, int chunk) { return shared_address(rows + t * (TILE * IN / 8) + place<IN>(row, in / 8 + chunk)); };
+                    if constexpr (TILE == 8) {
+                        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a[0]), "=r"(a[2]) : "r"(from(lane & 7, lane >> 3 & 1)));
+                    } else {
+                        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from(first + (lane & 15), lane >> 4)));
+                    }
                     multiply(sum[half][t], a, b0, b1);
                 }
             }
@@ -122,7 +129,7 @@ __device__ __forceinline__ void products(const uint4* rows, const uint4* slice, 
         if (part) return;
         float2 bias = tasks.biases[n];
         emit(first + (lane >> 2), tasks.column(n, rank), total.x + bias.x, total.y + bias.y);
-        emit(first + (lane >> 2) + 8, tasks.column(n, rank), total.z + bias.x, total.w + bias.y);
+        if (TILE > 8) emit(first + (lane >> 2) + 8, tasks.column(n, rank), total.z + bias.x, total.w + bias.y);
     }
 }
 

@@ -34,7 +34,8 @@ __device__ __forceinline__ void encode_query(QueryEncoder& query, const Inbox& i
     __syncthreads();
     query.share_last(inbox, work, s.logits, rank);
     ask_more();
-    // All of this block's sums are sent by then: from here on the workspace is the scores'.
+    // The workspace is the scores' from here on; what is waited for takes longer.
+    __syncthreads();
     inbox.await(LOGITS);
     MARK(4);
     float logits[COLUMNS / 32];

@@ -139,11 +139,12 @@ def encode(
     hidden = [w.shape[-1] for w in weights[:-1]]
     (batch, heads), query_in, bits = q.shape[:2], weights[0].shape[1], weights[-1].shape[-1] // mixture
     key_in = new_key[1][0].shape[1] if new_key else 0
-    blocks, tile = encode_blocks(query_in, key_in, hidden, bits, mixture), 16 if batch <= 16 else 32
+    blocks = encode_blocks(query_in, key_in, hidden, bits, mixture)
+    tile = 8 if batch <= 8 else 16 if batch <= 16 else 32
     library = load(
         "encode", QUERY_IN=query_in, KEY_IN=key_in, HIDDEN0=hidden[0], HIDDEN1=hidden[1] if len(hidden) > 1 else 0,
         LEVELS=levels, PLANES=planes_of(levels), WORDS=bits // 32, MIXED=mixture, HALF=int(q.dtype == torch.float16),
-        TILE=tile, THREADS=tile * 16, BLOCKS=blocks, HEAD_DIM=64, ROWS=1, PAGED=0, MODE=0, RESIDENT=1,
+        TILE=tile, THREADS=max(tile, 16) * 16, BLOCKS=blocks, HEAD_DIM=64, ROWS=1, PAGED=0, MODE=0, RESIDENT=1,
     )  # fmt: skip
     stream = torch.cuda.current_stream(q.device).cuda_stream
     shape = batch, heads, mixture, slots_of(levels, bits) + 1, bits // 32
