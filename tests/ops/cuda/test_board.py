@@ -83,5 +83,6 @@ def test_codes_are_found_as_they_were_left_whatever_they_are_words_of() -> None:
     words = board.find_codes(library, CPU, 7, 40)
     assert words.dtype == torch.int64 and words.shape == (40,) and not words.any()
     assert board.find_codes(Library("encode of other maps"), CPU, 7, 40).data_ptr() == words.data_ptr()
-    others = board.find_codes(library, CPU, 9, 40), board.find_codes(library, CPU, 7, 41)
+    assert board.find_codes(library, CPU, 7, 64).data_ptr() == words.data_ptr()
+    others = board.find_codes(library, CPU, 9, 40), board.find_codes(library, CPU, 7, 65)
     assert len({each.data_ptr() for each in (words, *others)}) == 3

@@ -23,8 +23,10 @@ def find_board(library: ctypes.CDLL, device: torch.device, stream: int, rows: in
 
 
 def find_codes(library: ctypes.CDLL, device: torch.device, stream: int, words: int) -> Tensor:
-    """So many int64 zeros for words of codes; the step that takes them leaves zeros."""
-    return _find(library, "codes", device, stream, words * 8).view(torch.int64)
+    """So many int64 zeros for words of codes, of the least power of 2 that holds them; the step that takes them leaves
+    zeros.
+    """
+    return _find(library, "codes", device, stream, 8 << (words - 1).bit_length()).view(torch.int64)[:words]
 
 
 def _find(library: ctypes.CDLL, layout: Hashable, device: torch.device, stream: int, count: int) -> Tensor:

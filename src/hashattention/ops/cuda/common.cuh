@@ -159,12 +159,6 @@ struct Row {
     int begin, sink_stop, local_begin, stop, heavy;
 };
 
-// The part of a row's candidates that a block scores, in whole chunks.
-struct Segment {
-    int first, tokens;
-    bool any;       // whether there is anything to select in the row
-};
-
 // A row's bounds as they are given, asked for where this stands and waited for where they are used.
 struct Bounds {
     int start, end, sink, local, heavy;

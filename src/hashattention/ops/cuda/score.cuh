@@ -28,6 +28,25 @@ struct Words {
     __device__ __forceinline__ uint32_t slot(int c, int p, int w) const { return p < SLOTS ? of[c * CODE + (p + 1) * WORDS + w] : 0; }
 };
 
+// The part of a row's candidates that a block scores, in whole chunks.
+struct Segment {
+    int first, tokens;
+    bool any;       // whether there is anything to select in the row
+
+    __device__ __forceinline__ Segment(const Row& row, int rank) {
+        int low = row.sink_stop & ~7, candidates = max(0, row.local_begin - low);
+        tokens = (candidates + BLOCKS * CHUNK - 1) / (BLOCKS * CHUNK) * CHUNK;
+        first = low + rank * tokens;
+        any = row.heavy > 0 && candidates > 0;
+    }
+};
+
+// The row as far as its signatures are there: that of the newest token, where it is a candidate, is made by this very launch.
+__device__ __forceinline__ Row signed_part(const Arguments& a, Row row) {
+    if (MODE == 3 && a.key.x != nullptr && row.local_begin == row.stop && row.stop > row.sink_stop) row.local_begin--;
+    return row;
+}
+
 struct Code {
     uint32_t sign[WORDS];
     uint32_t columns[PRODUCTS][LOADS][2];

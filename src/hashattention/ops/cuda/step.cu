@@ -98,22 +98,6 @@ __device__ __forceinline__ uint64_t load_word(const uint64_t* from) {
 // The thread that opens the inbox, in the warp that asks for signatures: where the step encodes, one whose weights may come last.
 constexpr int OPENER = MODE == 3 ? THREADS - 32 : 0;
 
-// The part of a row that this block scores.
-__device__ __forceinline__ Segment part_of(const Row& row, int rank) {
-    int low = row.sink_stop & ~7, candidates = max(0, row.local_begin - low);
-    Segment part;
-    part.tokens = (candidates + BLOCKS * CHUNK - 1) / (BLOCKS * CHUNK) * CHUNK;
-    part.first = low + rank * part.tokens;
-    part.any = row.heavy > 0 && candidates > 0;
-    return part;
-}
-
-// The row as far as its signatures are there: that of the newest token, where it is a candidate, is made by this very launch.
-__device__ __forceinline__ Row signed_part(const Arguments& a, Row row) {
-    if (MODE == 3 && a.key.x != nullptr && row.local_begin == row.stop && row.stop > row.sink_stop) row.local_begin--;
-    return row;
-}
-
 __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(16) char memory[];
     MARK(0);
@@ -146,7 +130,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
     __syncwarp();
     if (HELD && !PAGED && threadIdx.x / 32 == OPENER / 32) {
         Row row = bounds.row(a), older = signed_part(a, row);
-        Segment part = part_of(row, rank);
+        Segment part(row, rank);
         // Where the newest token is a candidate, the launch before may still be signing it.
         if (MODE == 0 && row.local_begin == row.stop) cudaGridDependencySynchronize();
         if (part.any) ask_keys(a, s, older, part.first, part.tokens, request, head);
@@ -171,7 +155,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
     } else {
         if (MODE == 1 && threadIdx.x < 32) read_code(a.planes, row_id, s.planes);
         Row row = bounds.row(a), older = signed_part(a, row);
-        Segment part = part_of(row, rank);
+        Segment part(row, rank);
         auto ask = [&] {
             if (!part.any || (HELD && !PAGED)) return;
             if (HELD) ask_pages(a, s, older, part.first, part.tokens, request, head);

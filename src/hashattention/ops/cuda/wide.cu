@@ -163,16 +163,13 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
     for (int i = threadIdx.x; i < BINS; i += THREADS) s.counts[i] = 0;
     Bounds bounds;
     bounds.ask(a, request, row_id);
-    Row row = bounds.row(a);
-    int low = row.sink_stop & ~7, candidates = max(0, row.local_begin - low);
-    int segment = (candidates + BLOCKS * CHUNK - 1) / (BLOCKS * CHUNK) * CHUNK, first = low + rank * segment;
-    bool selects = row.heavy > 0 && candidates > 0;
-    Row older = row;
-    if (a.key.x != nullptr && row.local_begin == row.stop && row.stop > row.sink_stop) older.local_begin--;
-    bool newest = selects && older.local_begin < row.local_begin && row.stop - 1 >= first && row.stop - 1 < first + segment;
+    Row row = bounds.row(a), older = signed_part(a, row);
+    Segment part(row, rank);
+    int first = part.first, segment = part.tokens;
+    bool newest = part.any && older.local_begin < row.local_begin && row.stop - 1 >= first && row.stop - 1 < first + segment;
     Keys key;
     auto early = [&] {
-        if (selects) {
+        if (part.any) {
             load_keys(a, older, first, segment, request, head, threadIdx.x >> 5, key);
             if (segment > COVERED) prefetch(a, row, first + COVERED, segment - COVERED, request, head);
         }
@@ -183,7 +180,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
     uint64_t tag = encode_wide(a, s, board, request, head, rank, rank == BLOCKS - 1, newest, early);
     MARK(6);
     Border border = {BINS, 0, 0, 0, 0, 0, 0};
-    if (selects) border = select_wide(a, s, board, tag, row, older, newest, first, segment, request, head, rank, key);
+    if (part.any) border = select_wide(a, s, board, tag, row, older, newest, first, segment, request, head, rank, key);
     MARK(9);
     // Every block of the row has sent something, so every block has read it.
     if (rank == 0 && threadIdx.x == 0) *board.launches() = tag >> 6;
@@ -201,7 +198,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) wide(const __grid_constant_
     Place at;
     at.prepare(a, request, head);
     int shift = own_fixed - border.above - max(0, border.equal - border.skip);
-    if (selects) compact_row(s, border, first, segment, [&](int heavy, int token) {
+    if (part.any) compact_row(s, border, first, segment, [&](int heavy, int token) {
         if (stay) s.list[heavy + shift] = slot_of(token);
         else post_token(board, sink + heavy, token, tag >> 6);
     });
