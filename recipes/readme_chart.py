@@ -57,9 +57,14 @@ def points() -> list[dict[str, object]]:
 
 
 def tables() -> str:
-    """A Markdown table for each card, shape of the maps' hidden layers and number of codes, the newest first."""
+    """A Markdown table for each card, shape of the maps' hidden layers and number of codes, the newest first.
+
+    Shares are of the best copy bandwidth that any run showed on the card: a run measures it once, at its start.
+    """
+    copies: dict[str, float] = {}
     cases: dict[tuple[str, tuple[int, ...], int], dict[tuple[Any, ...], dict[str, dict[str, Any]]]] = {}
     for row in rows("gpu-attention"):
+        copies[row["device"]] = max(copies.get(row["device"], 0.0), row.get("copy_bytes_per_second", 0.0))
         card = cases.setdefault((row["device"], tuple(row["hidden"]), row["mixture"]), {})
         card.setdefault(tuple(row[axis] for axis in AXES), {})[row["method"]] = row
     parts = []
@@ -67,12 +72,14 @@ def tables() -> str:
         layers = "one hidden layer" if len(hidden) == 1 else f"{len(hidden)} hidden layers"
         widths = " and ".join(map(str, hidden))
         codes = f", {mixture} codes a query" if mixture > 1 else ""
-        parts.append(f"## {device}, maps of {layers} ({widths}){codes}\n\n{table(card)}")
+        parts.append(f"## {device}, maps of {layers} ({widths}){codes}\n\n{table(card, copies[device])}")
     return "\n".join(parts)
 
 
-def table(cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]]) -> str:
-    """One card's rows of our step, one line a case: times, and times faster than each baseline."""
+def table(cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]], copy: float) -> str:
+    """One card's rows of our step, one line a case: times, the share of `copy` bytes a second, and times faster than
+    each baseline.
+    """
     head = ["shape", "batch x context", "density", "bits", "step, us (p20 to p80)", "of copy bandwidth"]
     head += [f"x {title}" for title in BASELINES]
     lines = [" | ".join(head), " | ".join(["---", *["--:"] * (len(head) - 1)])]
@@ -82,7 +89,7 @@ def table(cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]]) -> str:
             continue
         low, middle, high = (1e3 * step[f"{name}_ms"] for name in ("p20", "p50", "p80"))
         cells = [shape, f"{batch} x {context:,}", f"1/{1 / density:.0f}", str(bits)]
-        cells += [f"{middle:.0f} ({low:.0f} to {high:.0f})", f"{step['roofline']:.0%}"]
+        cells += [f"{middle:.0f} ({low:.0f} to {high:.0f})", f"{step['bytes_per_second'] / copy:.0%}"]
         for start in BASELINES.values():
             times = [row["p50_ms"] for name, row in methods.items() if name.startswith(start) and "refusal" not in row]
             cells.append(f"{min(times) / step['p50_ms']:.1f}" if times else "-")

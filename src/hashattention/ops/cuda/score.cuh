@@ -170,6 +170,7 @@ __device__ __forceinline__ void load_keys(const Arguments& a, const Row& row, in
     }
 }
 
+// Chunks that a warp scores at once: more where signatures come from shared memory and registers are left.
 constexpr int TOGETHER = HELD && RESIDENT == 1 && THREADS <= 256 ? 8 / LOADS : 4;
 // Chunks of a piece: whole turns of all warps.
 __device__ __forceinline__ int piece_of(int chunks) {

@@ -203,8 +203,7 @@ __device__ __forceinline__ void compact(Shared& s, const Border& b, int first, i
     }
 }
 
-// At batch 1 every instruction is read from memory and run once or twice: there few steps are found at once, which are fewer of them.
-// Where blocks share a multiprocessor, rows are long, and no code stands beside theirs.
+// Where blocks share a multiprocessor no registers are left for what was found, so long rows are counted first.
 template <typename Emit>
 __device__ __forceinline__ void compact_row(Shared& s, const Border& b, int first, int segment, Emit emit) {
     constexpr int MOST = 4;

@@ -8,15 +8,15 @@
 #if MODE == 3
 typedef Encoder<ROWS * HEAD_DIM, COLUMNS> QueryEncoder;
 
-// The code of this row, in every warp of every block. `ask_keys` and `ask_more` run on the way.
-template <typename AskKeys, typename AskMore>
-__device__ __forceinline__ void encode_query(QueryEncoder& query, const Inbox& inbox, Shared& s, Words& words, int rank, AskKeys ask_keys, AskMore ask_more) {
+// The code of this row, in every warp of every block. `ask` and `ask_more` run on the way.
+template <typename Ask, typename AskMore>
+__device__ __forceinline__ void encode_query(QueryEncoder& query, const Inbox& inbox, Shared& s, Words& words, int rank, Ask ask, AskMore ask_more) {
     Workspace work(s.scratch());
     MARK(1);
     query.first_sums(work);
     __syncthreads();
     query.finish_first(work);
-    ask_keys();
+    ask();
     __syncthreads();
     // From here on blocks send to each other.
     await_first();
