@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hashattention.errors import BackendError
-from hashattention.ops.cuda import layout
+from hashattention.ops.cuda import layout, step
 
 
 @pytest.mark.parametrize(
@@ -133,3 +133,12 @@ def test_rows_that_have_no_shape_are_one_clear_error():
     assert layout.choose(0, 1, 1 << 21, 1 << 16, 512) is None
     with pytest.raises(BackendError, match=r"2097152 tokens a row do not fit .* Use backend='triton'\."):
         layout.require(None, 1 << 21)
+
+
+@pytest.mark.parametrize(
+    ("levels", "bits", "slots"),
+    [(0, 64, 1), (1, 64, 1), (3, 64, 2), (4, 64, 4), (7, 64, 4), (7, 128, 4), (7, 32, 3), (15, 64, 4)],
+)
+def test_magnitudes_take_as_many_slots_as_the_kernels_give_them(levels, bits, slots):
+    """A bit each, but two of weight 1 and two of weight 3 for magnitudes up to 7 in longer signatures (common.cuh)."""
+    assert step.slots_of(levels, bits) == slots

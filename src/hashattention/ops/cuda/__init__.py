@@ -209,8 +209,9 @@ def decode_step(
     try:
         run(0, shape=chosen)
     except BaseException:
-        # Nobody takes these codes any more.
-        planes.zero_()
+        # Nobody takes these codes any more; the memory may be of inference mode.
+        with torch.inference_mode():
+            planes.zero_()
         raise
     return out, logsumexp
 
