@@ -32,14 +32,14 @@ def bytes_of(method: str, kind: str, inputs: Inputs) -> int:
     return parts.get(method.split(",")[0], selected)
 
 
-def copy_bandwidth(device: str = "cpu", repeats: int | None = None) -> float:
-    """Bytes a second that a copy reads and writes with the threads torch now uses; the best of `repeats`, by default 7
-    on a CPU and 100 on a GPU, whose clocks take some milliseconds of work to rise.
+def copy_bandwidth(device: str = "cpu") -> float:
+    """Bytes a second that a copy reads and writes with the threads torch now uses; the best of 7 on a CPU and of 100 on
+    a GPU, where the first are slower.
     """
     source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     best = float("inf")
-    for _ in range(repeats or (100 if source.is_cuda else 7)):
+    for _ in range(100 if source.is_cuda else 7):
         if source.is_cuda:
             torch.cuda.synchronize()
         before = time.perf_counter()
