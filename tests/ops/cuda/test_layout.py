@@ -97,6 +97,20 @@ def test_selection_alone_has_short_segments_or_a_multiprocessor_a_block(rows, to
     assert (shape.blocks, shape.resident) == (blocks, resident)
 
 
+@pytest.mark.parametrize(
+    ("threads", "signature", "spare"), [(256, 4, 56 * 128), (256, 8, 56 * 64), (256, 16, 24 * 64), (512, 8, 48 * 64)]
+)
+def test_scores_have_room_for_a_whole_turn_of_the_warps_where_signatures_are_held(threads, signature, spare):
+    """`TOGETHER` chunks of score.cuh a warp, of which only the first need be one of the block's."""
+    assert layout.spare_scores(threads, signature) == spare
+    for tokens in (1 << 14, 5 << 14):
+        held, plain = (layout.fit(1, threads, 8, 1, tokens, 4, 64, signature=bits) for bits in (signature, 0))
+        assert held is not None
+        assert plain is not None
+        assert held.held == tokens // 8 * signature
+        assert held.shared == plain.shared + held.held + spare
+
+
 def test_blocks_that_share_a_multiprocessor_hold_no_signatures():
     shapes = [layout.choose(0, 8 * batch, 1 << 15, 1 << 10, 512, signature=8) for batch in (8, 32)]
     assert [(s.resident, s.held) for s in shapes if s] == [(1, 1 << 17), (2, 0)]

@@ -79,6 +79,9 @@ struct Place {
     }
 };
 
+// Entry d of query head r is kept at d ^ twist among a warp's outputs: in their order four lanes' would be in one bank.
+__device__ __forceinline__ int twist_of(int d, int r) { return (d >> 4 & 2) ^ (r << 1 & 4); }
+
 // One block's share, two outputs at a time to `hand`, with the maximum and the sum of their query head.
 template <typename Hand>
 __device__ __forceinline__ void attend_own(const Arguments& a, Shared& s, Place& at, int length, Hand hand) {
@@ -170,13 +173,16 @@ __device__ __forceinline__ void attend_own(const Arguments& a, Shared& s, Place&
     float* parts = s.scratch();
     float *tops = parts + WARPS * ROWS * HEAD_DIM, *sums = tops + WARPS * 8;
     if (c == 0) tops[warp * 8 + g] = top, sums[warp * 8 + g] = sum;
+    int twist = twist_of(g * 8, c * 2);
 #pragma unroll
-    for (int j = 0; j < HALVES * 4; j++) {
-        int d = (j >> 2) * 64 + g * 8 + (j & 3) * 2;
+    for (int j = 0; j < 4; j++) {
+        float* to = parts + (warp * ROWS + c * 2) * HEAD_DIM + g * 8 + (j * 2 ^ twist);
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            int r = c * 2 + e;
-            if (r < ROWS) *reinterpret_cast<float2*>(parts + (warp * ROWS + r) * HEAD_DIM + d) = make_float2(acc[j][e], acc[j][e + 2]);
+        for (int h = 0; h < HALVES; h++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                if (c * 2 + e < ROWS) *reinterpret_cast<float2*>(to + e * HEAD_DIM + h * 64) = make_float2(acc[h * 4 + j][e], acc[h * 4 + j][e + 2]);
+            }
         }
     }
     __syncthreads();
@@ -190,7 +196,7 @@ __device__ __forceinline__ void attend_own(const Arguments& a, Shared& s, Place&
         merge<WARPS>(tops + r, sums + r, 8, factors, high, weight);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            float2 part = *reinterpret_cast<const float2*>(parts + w * ROWS * HEAD_DIM + i);
+            float2 part = *reinterpret_cast<const float2*>(parts + w * ROWS * HEAD_DIM + (i ^ twist_of(i, r)));
             value.x += factors[w] * part.x, value.y += factors[w] * part.y;
         }
         hand(i, r, value, high, weight);

@@ -108,10 +108,10 @@ def fit(
     resident = residents(mode, threads, blocks, rows)
     messages = INBOX_BYTES + blocks * (128 * 2 + 64) + (outputs + logits) * 4
     shared = messages + 128 * 4 + 128 + 128 * mixture + slots * 4 + known + rest
-    held = segment * signature
-    if resident > 1 or shared + held + BLOCK_BYTES > SHARED_BYTES:
+    held, spare = segment * signature, max(segment + spare_scores(threads, signature) - rest, 0)
+    if resident > 1 or shared + held + spare + BLOCK_BYTES > SHARED_BYTES:
         held = 0
-    shared += held
+    shared += held + spare if held else 0
     fits = (shared + BLOCK_BYTES) * resident <= SHARED_BYTES and segment <= 1 << 16
     return Shape(threads, blocks, resident, slots, shared, wide, held) if fits else None
 
@@ -200,6 +200,14 @@ def held_signature(tokens: int, bits: int, paged: bool) -> int:
     where there are many.
     """
     return 0 if paged and tokens >= PAGED_SLOTS else bits // 8
+
+
+def spare_scores(threads: int, signature: int) -> int:
+    """Bytes behind the scores of a block that holds its signatures: its warps score `TOGETHER` chunks of score.cuh at
+    once, and go so far beyond the last.
+    """
+    chunk, together = 128 if signature == 4 else 64, 8 if threads <= 256 and signature < 16 else 4
+    return (together - 1) * threads // 32 * chunk
 
 
 def encode_blocks(query_in: int, key_in: int, hidden: list[int], bits: int, mixture: int = 1) -> int | None:

@@ -16,13 +16,6 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
 }
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// The same place in another block's memory.
-__device__ __forceinline__ uint32_t place_at(const void* own, int block) {
-    uint32_t place;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(shared_address(own)), "r"(block));
-    return place;
-}
-
 struct Inbox {
     uint64_t* barriers;
 
@@ -56,24 +49,34 @@ struct Inbox {
         } while (!there);
     }
 
-    // To the place of another block's memory that `own` has in this one's.
+    // The barriers of another block, and the place of its memory that `own` has in this one's: all blocks' memory is laid out alike.
+    __device__ __forceinline__ uint32_t inbox_of(int block) const {
+        uint32_t inbox;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(inbox) : "r"(shared_address(barriers)), "r"(block));
+        return inbox;
+    }
+    __device__ __forceinline__ uint32_t place_of(const void* own, uint32_t inbox) const { return inbox + (shared_address(own) - shared_address(barriers)); }
+
     __device__ __forceinline__ void send(int m, int block, const int* own, int x) const {
+        uint32_t inbox = inbox_of(block);
         asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-                     :: "r"(place_at(own, block)), "r"(x), "r"(place_at(barriers + m, block)) : "memory");
+                     :: "r"(place_of(own, inbox)), "r"(x), "r"(inbox + 8 * m) : "memory");
     }
     __device__ __forceinline__ void send(int m, int block, const float* own, float x) const {
         send(m, block, reinterpret_cast<const int*>(own), __float_as_int(x));
     }
     __device__ __forceinline__ void send(int m, int block, const uint2* own, uint2 x) const {
+        uint32_t inbox = inbox_of(block);
         asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];"
-                     :: "r"(place_at(own, block)), "r"(x.x), "r"(x.y), "r"(place_at(barriers + m, block)) : "memory");
+                     :: "r"(place_of(own, inbox)), "r"(x.x), "r"(x.y), "r"(inbox + 8 * m) : "memory");
     }
     __device__ __forceinline__ void send(int m, int block, const float* own, float2 x) const {
         send(m, block, reinterpret_cast<const uint2*>(own), make_uint2(__float_as_uint(x.x), __float_as_uint(x.y)));
     }
     __device__ __forceinline__ void send(int m, int block, const uint4* own, uint4 x) const {
+        uint32_t inbox = inbox_of(block);
         asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
-                     :: "r"(place_at(own, block)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(place_at(barriers + m, block)) : "memory");
+                     :: "r"(place_of(own, inbox)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(inbox + 8 * m) : "memory");
     }
 };
 

@@ -63,6 +63,8 @@ struct Code {
                 uint32_t even = WORDS == 1 ? (i ? 0 : words.slot(c, m, 0)) : words.slot(c, 2 * m, i);
                 uint32_t other = WORDS == 1 ? (i ? words.slot(c, m, 0) : 0) : words.slot(c, 2 * m + 1, i);
                 columns[m][i / 2][i % 2] = mine ? odd ? other : even : 0;
+                // Here, not again for every product.
+                asm volatile("" : "+r"(columns[m][i / 2][i % 2]));
             }
         }
     }
@@ -232,7 +234,8 @@ struct Scorer {
         for (int t = 0; t < TOKENS && MIXED > 1; t++) entry[t] = __vimin_s32_relu(entry[t], BINS - 1);
     }
 
-    // COUNT chunks from `begin` on, WARPS apart, so that one's products run under another's.
+    // COUNT chunks from `begin` on, WARPS apart, so that one's products run under another's. What comes after the last leaves zeros
+    // where shared memory is to spare (`spare_scores` of layout.py).
     template <int COUNT>
     __device__ __forceinline__ void enter(Shared& s, const Row& row, const uint4 (*key)[LOADS], int first, int limit, int begin, int chunks) const {
         int lane = threadIdx.x & 31;
@@ -256,7 +259,7 @@ struct Scorer {
             // Without a branch: what is no candidate counts in bin 0, which nobody reads.
 #pragma unroll
             for (int t = 0; t < TOKENS; t++) atomicAdd(s.counts + entry[u][t], 1);
-            if (COUNT == 1 || begin + u * WARPS < chunks) store_entries(to + u * WARPS * CHUNK, entry[u]);
+            if (HELD || COUNT == 1 || begin + u * WARPS < chunks) store_entries(to + u * WARPS * CHUNK, entry[u]);
         }
     }
 };
@@ -270,9 +273,12 @@ __device__ __forceinline__ void score(const Arguments& a, Shared& s, const Words
             await_copies();
             __syncthreads();
         }
-        auto load = [&](int chunk, uint4 (&key)[LOADS]) {
+        // What comes after the last chunk is read as the last.
+        int last = ((chunks - 1) * LOADS * 32 + (threadIdx.x & 31)) * 16;
+        auto load = [&](int u, uint4 (&key)[LOADS]) {
+            const char* from = s.keys + min(((begin + u * WARPS) * LOADS * 32 + int(threadIdx.x & 31)) * 16, last);
 #pragma unroll
-            for (int l = 0; l < LOADS; l++) key[l] = reinterpret_cast<const uint4*>(s.keys)[(chunk * LOADS + l) * 32 + (threadIdx.x & 31)];
+            for (int l = 0; l < LOADS; l++) key[l] = *reinterpret_cast<const uint4*>(from + l * 512);
         };
         int piece = piece_of(chunks), arrived = 0, number = 0;
 #pragma unroll 1
@@ -281,11 +287,11 @@ __device__ __forceinline__ void score(const Arguments& a, Shared& s, const Words
             if (begin + WARPS < chunks) {
                 uint4 some[TOGETHER][LOADS];
 #pragma unroll
-                for (int u = 0; u < TOGETHER; u++) load(min(begin + u * WARPS, chunks - 1), some[u]);
+                for (int u = 0; u < TOGETHER; u++) load(u, some[u]);
                 scorer.enter<TOGETHER>(s, row, some, first, limit, begin, chunks);
             } else {
                 uint4 one[1][LOADS];
-                load(begin, one[0]);
+                load(0, one[0]);
                 scorer.enter<1>(s, row, one, first, limit, begin, chunks);
             }
             begin += TOGETHER * WARPS;

@@ -1,5 +1,6 @@
 // Select: count the entries of a row over its cluster, find the border, hand out what lies above it.
 #pragma once
+#include <type_traits>
 #include "messages.cuh"
 
 // How many of this block's entries are >= each bin: a lane's four bins, 124 - 4 lane and up, in 16 bits each. Every warp sums for itself.
@@ -117,22 +118,21 @@ __device__ __forceinline__ uint32_t at_least(const uint4& x, uint32_t raise) {
 // lanes before this one have, and all, those above in the low half and those at it in the high half.
 template <int STEPS>
 struct Found {
-    static constexpr int MASKS = (STEPS + 1) / 2;
-    uint32_t least[MASKS] = {}, above[MASKS] = {}, before, all;
+    typedef std::conditional_t<(STEPS > 2), uint64_t, uint32_t> Mask;
+    Mask least = 0, above = 0;
+    uint32_t before, all;
 
     __device__ __forceinline__ void find(const uint8_t* scores, uint32_t raise, int begin, int width, int stop) {
         int lane = threadIdx.x & 31;
         begin += lane * width, stop = min(stop, begin + width);
 #pragma unroll
         for (int u = 0; u < STEPS; u++) {
-            int i = begin + u * 16;
+            // Where lanes begin 64 bytes apart, a pair of them each with another step: then no two meet in a bank.
+            int step = STEPS == 4 ? (u + lane / 2) % 4 : u, i = begin + step * 16;
             uint4 x = i < stop ? *reinterpret_cast<const uint4*>(scores + i) : make_uint4(0, 0, 0, 0);
-            least[u / 2] |= at_least(x, raise) << u % 2 * 16, above[u / 2] |= at_least(x, raise - 0x01010101u) << u % 2 * 16;
+            least |= Mask(at_least(x, raise)) << step * 16, above |= Mask(at_least(x, raise - 0x01010101u)) << step * 16;
         }
-        uint32_t own = 0;
-#pragma unroll
-        for (int w = 0; w < MASKS; w++) own += __popc(above[w]) + (__popc(least[w] ^ above[w]) << 16);
-        uint32_t scan = own;
+        uint32_t own = __popcll(above) + (__popcll(least ^ above) << 16), scan = own;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             uint32_t other = __shfl_up_sync(~0u, scan, step);
@@ -146,12 +146,9 @@ struct Found {
     __device__ __forceinline__ void hand(const Border& b, int above_before, int equal_before, int first, int width, Emit emit) const {
         int ties = equal_before + int(before >> 16), left_out = b.skip - ties;
         int rank = above_before + int(before & 0xffff) + max(0, -left_out), at = first + int(threadIdx.x & 31) * width;
-#pragma unroll
-        for (int w = 0; w < MASKS; w++) {
-            uint32_t equal = least[w] ^ above[w];
-            for (; left_out > 0 && equal; left_out--) equal &= equal - 1;
-            for (uint32_t chosen = above[w] | equal; chosen; chosen &= chosen - 1) emit(rank++, at + w * 32 + __ffs(chosen) - 1);
-        }
+        Mask equal = least ^ above;
+        for (; left_out > 0 && equal; left_out--) equal &= equal - 1;
+        for (Mask chosen = above | equal; chosen; chosen &= chosen - 1) emit(rank++, at + __ffsll(chosen) - 1);
     }
 };
 

@@ -71,7 +71,6 @@ __device__ __forceinline__ Border select_row(const Inbox& inbox, const Arguments
         }
 #endif
         MARK(7);
-        if (MODE != 3 && !round) await_first();
         // Nobody sends while another still reads what came before.
         if (round) cg::this_cluster().sync();
         if (threadIdx.x == 0) inbox.expect(COUNTS, BLOCKS * BINS * 2);
@@ -114,13 +113,14 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
     }
 #endif
     int64_t row_id = int64_t(request) * (MODE == 3 ? a.query.heads : gridDim.y) + head;
-    // Before anything else: all that follows waits for these. The code comes from a launch that may still run, and behind all that is
-    // asked for before it.
+    // Before anything else: all that follows waits for these. A code comes behind all that is asked for before it, and in a whole step
+    // from a launch that may still run.
     constexpr int CODE_WORDS = MODE == 0 ? MIXED * CODE : 0;
     uint64_t* code = static_cast<uint64_t*>(a.planes) + row_id * CODE_WORDS + threadIdx.x;
     uint64_t word = int(threadIdx.x) < CODE_WORDS ? load_word(code) : 0;
     Bounds bounds;
     if (MODE != 2) bounds.ask(a, request, row_id);
+    if (MODE == 1 && threadIdx.x / 32 == WARPS - 1) read_code(a.planes, row_id, s.planes);
     if (threadIdx.x == OPENER) {
         inbox.open(HELD && !PAGED ? MESSAGES : int(KEYS));
         if (HIDDEN1 > 0) inbox.expect(SECOND, HIDDEN1 * 4);
@@ -153,7 +153,6 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         for (int i = threadIdx.x; i < length; i += THREADS) s.list[i] = a.indices[row_id * a.capacity + i * BLOCKS + rank];
         await_first();
     } else {
-        if (MODE == 1 && threadIdx.x < 32) read_code(a.planes, row_id, s.planes);
         Row row = bounds.row(a), older = signed_part(a, row);
         Segment part(row, rank);
         auto ask = [&] {
@@ -173,6 +172,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         bool unsigned_yet = MODE == 0 && row.local_begin == row.stop;
         if (!unsigned_yet) ask();
         ask_more();
+        await_first();
         if (int(threadIdx.x) < CODE_WORDS) {
             while (!(word >> 32)) word = load_word(code);
             s.planes[threadIdx.x] = uint32_t(word);
@@ -187,7 +187,6 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         MARK(6);
         Border border = {BINS, 0, 0, 0, 0};
         if (part.any) border = select_row(inbox, a, s, words, rank, row, older, part, request, head);
-        else if (MODE != 3) await_first();
         MARK(9);
 #if REMAINDER
         if (!ASK_FIRST) ask_remainder(a, s, request, head);
@@ -197,10 +196,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) step(const __grid_constant_
         if (MODE == 1) {
             int* indices = a.indices + row_id * a.capacity;
             if (part.any) compact_row(s, border, part.first, part.tokens, [&](int heavy, int token) { indices[sink + heavy] = token; });
-            for (int i = rank * THREADS + threadIdx.x; i < a.capacity; i += BLOCKS * THREADS) {
-                if (i < sink) indices[i] = row.begin + i;
-                else if (i >= count) indices[i] = -1;
-                else if (i >= sink + border.heavy) indices[i] = row.local_begin + i - sink - border.heavy;
+            for (int i = rank * THREADS + threadIdx.x; i < a.capacity - border.heavy; i += BLOCKS * THREADS) {
+                indices[i < sink ? i : i + border.heavy] = i < sink ? row.begin + i : i < sink + local ? row.local_begin + i - sink : -1;
             }
             if (rank == 0 && threadIdx.x == 0) a.counts[row_id] = count;
             return;
