@@ -4,8 +4,11 @@ import pytest
 import torch
 from tests.tiny import ARCHITECTURES, build
 
+import hashattention
+from hashattention.errors import ConfigError
 from hashattention.models.capture import capture, recording
 from hashattention.models.describe import describe
+from hashattention.selectors.oracle import OracleSelector
 
 TOKENS = torch.randint(3, 120, (50,), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.tensor([0, 7, 8, 23, 48, 49])
@@ -31,6 +34,19 @@ def test_recorded_tensors_give_the_models_attention(architecture, own):
         out = (logits.softmax(-1) @ value).transpose(0, 1).flatten(1)
         # The sample is bfloat16: 8 bits of mantissa in logits of some ten.
         assert (out - seen[layer][POSITIONS]).norm() < 0.03 * seen[layer][POSITIONS].norm()
+
+
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
+def test_an_attached_model_is_refused_until_it_is_detached(own):
+    """Its prefill may be of selected tokens, and what it predicts is."""
+    model = build("llama", attn_implementation=own)
+    base = describe(model)
+    before = capture(model, base, TOKENS, POSITIONS)
+    attached = hashattention.attach(model, OracleSelector(), 0.1, min_context=0, sparse_tail=50)
+    with pytest.raises(ConfigError, match=r"is attached .*detach\(\)"):
+        capture(model, base, TOKENS, POSITIONS)
+    attached.detach()
+    assert torch.equal(capture(model, base, TOKENS, POSITIONS).query, before.query)
 
 
 def outputs(model, layers):

@@ -10,6 +10,7 @@ from tests.tiny import build
 
 from hashattention import attach
 from hashattention.config import Budget, MapsConfig
+from hashattention.errors import ConfigError
 from hashattention.maps import HashMaps
 from hashattention.models.describe import describe
 from hashattention.models.rotary import rotary_frequencies
@@ -169,6 +170,13 @@ def test_where_nothing_is_left_out_nothing_moves():
     start = torch.tensor(maps.remainder)
     found = tune(model, maps, [some_tokens(200)], start, [Budget(density=1.0)], steps=3)
     torch.testing.assert_close(found.float(), start, rtol=0, atol=1e-3)
+
+
+def test_an_attached_model_teaches_nothing():
+    model = some_model()
+    maps = some_maps(model)
+    with attach(model, maps, 0.1), pytest.raises(ConfigError, match="is attached"):
+        tune(model, maps, [some_tokens(200)], torch.tensor(maps.remainder), [BUDGET], steps=1)
 
 
 def test_an_error_leaves_the_model_as_it_was(monkeypatch):

@@ -18,6 +18,7 @@ from hashattention.config import Budget
 from hashattention.errors import ConfigError, InputError, UnsupportedModelError
 from hashattention.maps import HashMaps
 from hashattention.models.describe import attention_modules, dense_function, describe, text_config
+from hashattention.models.replaced import ATTACHED
 from hashattention.ops.buffer import allocate
 from hashattention.rows import Extent
 from hashattention.selectors.base import Selector
@@ -25,7 +26,6 @@ from hashattention.selectors.hash import HashSelector
 
 #: Under this attribute an attention module finds the attachment it is served by.
 SLOT = "_hash_attention"
-IMPLEMENTATION = "hash_attention"
 
 
 class SelectedLayer(DynamicLayer):
@@ -299,7 +299,7 @@ def register(dense_implementation: str) -> str:
     """Register hash attention over a model's own implementation (its masks, its dense function) and return the name."""
     # transformers treats names that contain "flash" or "sdpa" specially.
     suffix = dense_implementation.replace("flash", "fa").replace("sdpa", "").replace("/", "_").replace("|", "_")
-    name = f"{IMPLEMENTATION}_{suffix}".rstrip("_")
+    name = f"{ATTACHED}_{suffix}".rstrip("_")
     AttentionInterface.register(name, hash_attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[dense_implementation])
     return name

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hashattention.config import BaseModel
-from hashattention.models.replaced import Attend, Attended, replaced_attention
+from hashattention.models.replaced import Attend, Attended, refuse_attached, replaced_attention
 
 IMPLEMENTATION = "hash_capture"
 #: Tokens read at once: bounds the activations of a long context.
@@ -126,9 +126,15 @@ def capture(
     -------
     Sample
         bfloat16 (float16 for a float16 model), on the model's device.
+
+    Raises
+    ------
+    ConfigError
+        If the model is attached.
     """
     from transformers import DynamicCache
 
+    refuse_attached(model)
     recorder = Recorder(base, positions.cpu(), len(tokens), value)
     cache = DynamicCache(config=model.config)
     device = next(model.parameters()).device

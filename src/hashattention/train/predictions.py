@@ -25,7 +25,7 @@ from hashattention.maps import HashMaps
 from hashattention.models.capture import CHUNK
 from hashattention.models.describe import text_config, token_bytes
 from hashattention.models.packaged import Progress
-from hashattention.models.replaced import Attend, Attended, replaced_attention
+from hashattention.models.replaced import Attend, Attended, refuse_attached, replaced_attention
 from hashattention.ops import reference
 from hashattention.rows import Extent, Shares
 from hashattention.selectors.remainder import BLOCK, sum_blocks
@@ -201,7 +201,13 @@ def tune(
     Returns
     -------
     Tensor, float64 ``[L, Hq, 3]``
+
+    Raises
+    ------
+    ConfigError
+        If the model is attached.
     """
+    refuse_attached(model)
     first = start.to(model.device, torch.float32)
     coefficients = first.clone().requires_grad_()
     optimiser = torch.optim.Adam([coefficients], lr=RATE)
