@@ -38,7 +38,7 @@ def test_recorded_tensors_give_the_models_attention(architecture, own):
 
 @pytest.mark.parametrize("own", ["sdpa", "eager"])
 def test_an_attached_model_is_refused_until_it_is_detached(own):
-    """Its prefill may be of selected tokens, and what it predicts is."""
+    """Its attention is, or may be, over selected tokens alone."""
     model = build("llama", attn_implementation=own)
     base = describe(model)
     before = capture(model, base, TOKENS, POSITIONS)

@@ -172,7 +172,8 @@ __device__ __forceinline__ void load_keys(const Arguments& a, const Row& row, in
     }
 }
 
-// Chunks that a warp scores at once: more where signatures come from shared memory and registers are left.
+// Chunks that a warp scores at once: more where signatures come from shared memory and registers are left. `spare_scores` of layout.py
+// follows from it.
 constexpr int TOGETHER = HELD && RESIDENT == 1 && THREADS <= 256 ? 8 / LOADS : 4;
 // Chunks of a piece: whole turns of all warps.
 __device__ __forceinline__ int piece_of(int chunks) {
@@ -234,8 +235,8 @@ struct Scorer {
         for (int t = 0; t < TOKENS && MIXED > 1; t++) entry[t] = __vimin_s32_relu(entry[t], BINS - 1);
     }
 
-    // COUNT chunks from `begin` on, WARPS apart, so that one's products run under another's. What comes after the last leaves zeros
-    // where shared memory is to spare (`spare_scores` of layout.py).
+    // COUNT chunks from `begin` on, WARPS apart, so that one's products run under another's. Where shared memory is to spare,
+    // those after the last leave zeros: a condition a store would take longer.
     template <int COUNT>
     __device__ __forceinline__ void enter(Shared& s, const Row& row, const uint4 (*key)[LOADS], int first, int limit, int begin, int chunks) const {
         int lane = threadIdx.x & 31;
